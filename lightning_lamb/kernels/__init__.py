@@ -1,0 +1,1 @@
+"""Who computes the local passes? One interface, interchangeable implementations."""

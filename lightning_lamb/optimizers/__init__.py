@@ -1,0 +1,1 @@
+"""Optimizers with layer-wise normalisation."""

@@ -1,0 +1,65 @@
+"""LAMB and LARS that stay exact when parameters are sharded, and the arithmetic of large batches around them.
+
+``from lightning_lamb import Lamb`` imports torch and nothing else. The names that need Lightning, jsonargparse or
+another optional package are imported when they are first asked for (PEP 562).
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lightning_lamb.__about__ import __version__
+
+if TYPE_CHECKING:
+    from lightning_lamb.callbacks import LargeBatch, TrustRatioMonitor
+    from lightning_lamb.cli import LambCLI
+    from lightning_lamb.mixin import LambMixin
+    from lightning_lamb.optimizers.lamb import Lamb
+    from lightning_lamb.optimizers.lars import Lars
+    from lightning_lamb.param_groups import GroupRules, lamb_param_groups
+    from lightning_lamb.plan import make_plan, plan_from_recipe
+    from lightning_lamb.schedules import StagedWarmup
+
+__all__ = [
+    "GroupRules",
+    "Lamb",
+    "LambCLI",
+    "LambMixin",
+    "LargeBatch",
+    "Lars",
+    "StagedWarmup",
+    "TrustRatioMonitor",
+    "__version__",
+    "lamb_param_groups",
+    "make_plan",
+    "plan_from_recipe",
+]
+
+_HOME_OF_LAZY_NAME = {
+    "GroupRules": "lightning_lamb.param_groups",
+    "Lamb": "lightning_lamb.optimizers.lamb",
+    "LambCLI": "lightning_lamb.cli",
+    "LambMixin": "lightning_lamb.mixin",
+    "LargeBatch": "lightning_lamb.callbacks",
+    "Lars": "lightning_lamb.optimizers.lars",
+    "StagedWarmup": "lightning_lamb.schedules",
+    "TrustRatioMonitor": "lightning_lamb.callbacks",
+    "lamb_param_groups": "lightning_lamb.param_groups",
+    "make_plan": "lightning_lamb.plan",
+    "plan_from_recipe": "lightning_lamb.plan",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a lazy name on first use and keep it."""
+    if name not in _HOME_OF_LAZY_NAME:
+        raise AttributeError(f"module 'lightning_lamb' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME_OF_LAZY_NAME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, also those that are not imported yet."""
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,70 @@
+"""``from lightning_lamb import Lamb`` costs no more than torch, and every public name can be had."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+import lightning_lamb
+
+OPTIONAL = (
+    "lightning",
+    "pytorch_lightning",
+    "deepspeed",
+    "triton",
+    "matplotlib",
+    "jsonargparse",
+    "torchmetrics",
+    "timm",
+)
+
+
+def loaded_after(statement: str) -> set[str]:
+    code = f"{statement}\nimport sys\nprint(*[name for name in {OPTIONAL!r} if name in sys.modules])"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from lightning_lamb import Lamb, Lars, StagedWarmup",
+        "from lightning_lamb import GroupRules, lamb_param_groups, make_plan, plan_from_recipe",
+        "import lightning_lamb.presets, lightning_lamb.recipes, lightning_lamb.sharding",
+        "from lightning_lamb import LambMixin",
+    ],
+)
+def test_the_torch_side_imports_no_optional_package(statement: str):
+    # torch itself may import triton where it is installed: only what comes on top of torch is ours.
+    assert loaded_after(statement) <= loaded_after("import torch, torch.distributed.tensor")
+
+
+def test_a_step_of_lamb_imports_no_optional_package():
+    step = (
+        "import torch; from lightning_lamb import Lamb; w = torch.nn.Parameter(torch.ones(3, 3)); w.grad = torch.ones(3, 3)"
+        "; Lamb([w]).step()"
+    )
+    assert loaded_after(step) <= loaded_after("import torch, torch.distributed.tensor")
+
+
+@pytest.mark.parametrize("name", lightning_lamb.__all__)
+def test_every_public_name_exists(name: str):
+    assert getattr(lightning_lamb, name) is not None
+    assert name in dir(lightning_lamb)
+
+
+def test_the_front_door_has_at_most_12_names():
+    assert len(lightning_lamb.__all__) <= 12
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Lamp'"):
+        lightning_lamb.Lamp  # noqa: B018
+
+
+def test_optional_packages_of_this_test_are_real():
+    """Guards the tests above against a misspelt name, which would always pass."""
+    assert importlib.util.find_spec("lightning")
+    assert importlib.util.find_spec("matplotlib")

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Sets up .venv (the first time) and runs the tests; arguments go to pytest: bash tests/run.sh -m "not slow" -k schedules
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/setup_venv.sh test
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # several ranks share the cores in the distributed tests
+exec "${LAMB_VENV:-.venv}/bin/python" -m pytest "$@"

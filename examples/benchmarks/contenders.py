@@ -71,7 +71,7 @@ def _timm(params: list[Tensor], **options: Any) -> Optimizer:
 
 
 def _timm_lamb_class() -> type[Optimizer]:
-    """The Lamb of timm, also where ``import timm`` fails because torchvision is not there: its optimizers do not need it."""
+    """The Lamb of timm, also where ``import timm`` fails for want of torchvision: its optimizers do without."""
     try:
         return importlib.import_module("timm.optim.lamb").Lamb
     except ImportError:

@@ -2,8 +2,8 @@
 
 Measured in a process of its own. On the CPU: the highest resident size during one step (Linux's ``VmHWM``, reset just
 before it) less the resident size before it. Two things would hide temporaries and are prevented: the first steps
-allocate the state, so they come before; and glibc keeps freed blocks, so the parent tells it to give them back at once. On CUDA:
-torch's allocator statistics.
+allocate the state, so they come before; and glibc keeps freed blocks, so the parent tells it to give them back at
+once. On CUDA: torch's allocator statistics.
 """
 
 from __future__ import annotations

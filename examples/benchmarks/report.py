@@ -70,6 +70,7 @@ def model_section(entry: dict[str, Any]) -> str:
 
 def _row(row: dict[str, Any], memory: dict[str, int] | None) -> str:
     time, ratio = row["seconds"], row["ratio"]
+    measurable = memory is not None and memory["parameters"] >= LARGE_ENOUGH
     cells = [
         row["name"],
         f"{time['median'] * 1e3:.1f} ({time['q1'] * 1e3:.1f} to {time['q3'] * 1e3:.1f})",

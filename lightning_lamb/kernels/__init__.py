@@ -1,1 +1,8 @@
-"""Who computes the local passes? One interface, interchangeable implementations."""
+"""Who computes the local passes? Interchangeable implementations of `batch.Kernel`, the readable one first."""
+
+from __future__ import annotations
+
+from lightning_lamb.kernels import eager, foreach
+from lightning_lamb.kernels.batch import Batch, Kernel, Options
+
+__all__ = ["Batch", "Kernel", "Options", "eager", "foreach"]

@@ -1,1 +1,9 @@
-"""Optimizers with layer-wise normalisation."""
+"""Optimizers with layer-wise normalisation: one general strategy, two base directions."""
+
+from __future__ import annotations
+
+from lightning_lamb.optimizers.lamb import Lamb
+from lightning_lamb.optimizers.lars import Lars
+from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
+
+__all__ = ["Lamb", "Lars", "LayerwiseOptimizer"]

@@ -1,0 +1,86 @@
+"""What one kernel call works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Optional, Protocol
+
+from torch import Tensor
+
+from lightning_lamb.equations import Coefficients, NormKind, Scalar
+
+
+@dataclass(frozen=True)
+class Options:
+    """Hyper-parameters that all pieces of a batch share.
+
+    Attributes:
+        base: whose direction is normalised: "adam" (LAMB) or "momentum" (LARS).
+        beta1: decay of the first moment.
+        beta2: decay of the second moment; unused by "momentum".
+        eps: added to the root of the second moment; unused by "momentum".
+        weight_decay: of these pieces, exemptions already applied.
+        norm: which norm the trust ratio is made of.
+        adapt: whether these pieces have a trust ratio; without one no norm is computed.
+        maximize: ascend instead of descend.
+        max_grad_value: bound on each gradient element, or None.
+        differentiable: keep the autograd graph through the step.
+    """
+
+    base: str
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    norm: NormKind
+    adapt: bool
+    maximize: bool
+    max_grad_value: Optional[float]
+    differentiable: bool
+
+
+@dataclass
+class Batch:
+    """Aligned lists, one entry per piece of a layer; the tensors are plain and on one device.
+
+    Attributes:
+        options: what they share.
+        weights: full-precision weights (the masters of half-precision parameters). `apply` modifies them in place.
+        grads: gradients, in any floating dtype; never modified.
+        moments1: first moments. `direction` modifies them in place.
+        moments2: second moments, likewise; empty for "momentum".
+        coefficients: this step's, per piece.
+        grad_scale: what gradients are multiplied by (the clip coefficient), a 0-dim tensor, or None.
+        updates: the update directions, from `direction` to `apply`; a kernel that recomputes them leaves it empty.
+    """
+
+    options: Options
+    weights: list[Tensor]
+    grads: list[Tensor]
+    moments1: list[Tensor]
+    moments2: list[Tensor]
+    coefficients: list[Coefficients]
+    grad_scale: Optional[Tensor] = None
+    updates: Optional[list[Tensor]] = None
+
+
+class Kernel(Protocol):
+    """Computes the two local passes of a step. Between them the optimizer completes the norms over all ranks."""
+
+    def direction(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Updates the moments and finds the update directions.
+
+        Returns:
+            (pieces,) partial statistics of the weights and of the updates (`equations.norm_statistic`); zeros where
+            ``options.adapt`` is False.
+        """
+        ...
+
+    def apply(self, batch: Batch, step_sizes: list[Scalar]) -> None:
+        """``w = w - step_size*u`` for each piece, in place.
+
+        Args:
+            batch: as given to `direction`.
+            step_sizes: learning rate times trust ratio, per piece; a float or a 0-dim tensor.
+        """
+        ...

@@ -1,0 +1,67 @@
+"""The readable kernel: one layer at a time, straight from the equations. The others are tested against it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_lamb import equations
+from lightning_lamb.equations import Scalar
+from lightning_lamb.kernels.batch import Batch, Options
+
+
+def direction(batch: Batch) -> tuple[Tensor, Tensor]:
+    """See `kernels.batch.Kernel.direction`."""
+    options = batch.options
+    updates, weight_statistics, update_statistics = [], [], []
+    for index, weight in enumerate(batch.weights):
+        if options.differentiable:
+            weight = weight.clone()  # autograd keeps it for the norm, and apply() writes over the original
+        grad = prepared_gradient(batch.grads[index], weight, batch.grad_scale, options)
+        if options.base == "adam":
+            moment1 = equations.moment(batch.moments1[index], grad, options.beta1)
+            moment2 = equations.moment(batch.moments2[index], grad * grad, options.beta2)
+            batch.moments2[index].copy_(moment2)
+            at = batch.coefficients[index]
+            update = equations.adam_update(weight, grad, moment1, moment2, at, options.eps, options.weight_decay)
+        else:
+            decayed = equations.decayed_gradient(weight, grad, options.weight_decay)
+            update = moment1 = equations.moment(batch.moments1[index], decayed, options.beta1)
+        batch.moments1[index].copy_(moment1)
+        updates.append(update)
+        if options.adapt:
+            weight_statistics.append(equations.norm_statistic(weight, options.norm))
+            update_statistics.append(equations.norm_statistic(update, options.norm))
+    batch.updates = updates
+    if not options.adapt:
+        return no_statistics(batch)
+    return torch.stack(weight_statistics), torch.stack(update_statistics)
+
+
+def apply(batch: Batch, step_sizes: list[Scalar]) -> None:
+    """See `kernels.batch.Kernel.apply`."""
+    assert batch.updates is not None, "direction() comes before apply()"
+    for weight, update, step_size in zip(batch.weights, batch.updates, step_sizes):
+        if isinstance(step_size, Tensor):
+            step_size = step_size.to(weight.dtype)
+        weight.sub_(step_size * update)
+    batch.updates = None
+
+
+def prepared_gradient(grad: Tensor, weight: Tensor, scale: Tensor | None, options: Options) -> Tensor:
+    """The gradient as the equations want it: in the weight's precision, signed, bounded, clipped. Not in place."""
+    grad = grad.to(weight.dtype)
+    if options.maximize:
+        grad = -grad
+    if options.max_grad_value is not None:
+        grad = grad.clamp(-options.max_grad_value, options.max_grad_value)
+    if scale is not None:
+        grad = grad * scale.to(weight.dtype)
+    return grad
+
+
+def no_statistics(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Zeros in place of the statistics, for pieces without a trust ratio."""
+    device = batch.weights[0].device
+    zeros = torch.zeros(len(batch.weights), dtype=equations.statistic_dtype(device), device=device)
+    return zeros, zeros

@@ -1,0 +1,323 @@
+"""The paper's general strategy (section 3): any base direction, normalised layer by layer, on any sharding.
+
+A step is a local pass (moments, directions, partial norms), one all-reduce per process group that holds pieces of
+layers, and a second local pass (apply). Layers that are whole on this rank go through both passes at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lamb import equations
+from lightning_lamb.equations import Coefficients, Scalar
+from lightning_lamb.errors import InvalidOptionError, UnknownShardError
+from lightning_lamb.kernels import Batch, Kernel
+from lightning_lamb.optimizers import gradients, state
+from lightning_lamb.optimizers.batches import batches_of, kernel_for
+from lightning_lamb.optimizers.options import checked
+from lightning_lamb.optimizers.plan import LayerPlan, Slot, fingerprint, parameter_name
+from lightning_lamb.optimizers.report import LayerReport
+from lightning_lamb.optimizers.split_step import split_step
+
+
+class LayerwiseOptimizer(Optimizer):
+    """Base of `Lamb` and `Lars`; a subclass names the base direction and its coefficients."""
+
+    base: str
+    signature: frozenset[str]
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._reset()
+        super().__init__(params, checked(defaults))
+
+    def _reset(self) -> None:
+        self._plans: dict[Any, LayerPlan] = {}
+        self._report = LayerReport()
+        self._master_versions: dict[int, tuple[int, int]] = {}
+        self._idle_steps = 0
+        self._grad_norm: Optional[Tensor] = None
+
+    # ------------------------------------------------------------------------------------ what a subclass says about itself
+
+    def coefficients(self, step: Scalar, group: dict[str, Any]) -> Coefficients:
+        """The numbers that combine moments and gradient at step ``step``."""
+        raise AssertionError("a subclass says it")
+
+    def moment_decays(self, group: dict[str, Any]) -> tuple[float, float]:
+        """(beta1, beta2) of the group; beta2 means nothing without a second moment."""
+        raise AssertionError("a subclass says it")
+
+    def moment_keys(self) -> tuple[str, ...]:
+        """The names of the moments in the state."""
+        return ("exp_avg", "exp_avg_sq") if self.base == "adam" else ("exp_avg",)
+
+    # --------------------------------------------------------------------------------------------------------- the step
+
+    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:  # type: ignore[override]
+        """Makes one update of every parameter that has a gradient.
+
+        Communication: none for whole layers; one all-reduce per process group that holds pieces of layers, and with
+        ``max_grad_norm`` one more, of a single number. No host sync; ``p.grad`` is not modified.
+
+        Args:
+            closure: reevaluates the model and returns the loss; called once, before anything else.
+
+        Returns:
+            What ``closure`` returned, else None.
+
+        Raises:
+            UnknownShardError: a layout over which the norms cannot be completed; before the first update.
+            UnsupportedGradientError: a sparse or complex gradient; before the update.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch.set_grad_enabled(bool(self.defaults["differentiable"])):
+            self._update()
+        return loss
+
+    @torch.compiler.disable(recursive=False)
+    def _update(self) -> None:
+        plan = self.plan()
+        self._refuse_idle(plan)
+        gradients.check(plan)
+        grad_scale = self._clip_scale(plan)
+        ready = [slot for slot in plan.slots if slot.parameter.grad is not None]
+        coefficients = self._advance(ready)
+        report = LayerReport()
+        whole = [slot for slot in ready if slot.piece.split is None]
+        for batch, slots in batches_of(whole, self, coefficients, grad_scale):
+            kernel = kernel_for(self.param_groups[slots[0].group])
+            weights, updates = kernel.direction(batch)
+            self._apply(kernel, batch, slots, weights, updates, report)
+        if plan.split:
+            for item in split_step(self, plan, coefficients, grad_scale):
+                self._apply(item.kernel, item.batch, item.slots, item.weights, item.updates, report)
+        self._report = report
+
+    def _apply(
+        self,
+        kernel: Kernel,
+        batch: Batch,
+        slots: Sequence[Slot],
+        weight_statistics: Tensor,
+        update_statistics: Tensor,
+        report: LayerReport,
+    ) -> None:
+        """The second pass of one batch, its statistics complete: ratio, step size, weights, and half-precision copies."""
+        group = self.param_groups[slots[0].group]
+        scales = [group["lr"] * coefficients.lr for coefficients in batch.coefficients]
+        if slots[0].adapt:
+            weight_norms = equations.norm_of_statistic(weight_statistics, slots[0].norm)
+            update_norms = equations.norm_of_statistic(update_statistics, slots[0].norm)
+            bounds = group["weight_norm_bounds"], group["trust_ratio_bounds"]
+            ratios = equations.trust_ratio(weight_norms, update_norms, *bounds)
+            report.add([slot.piece.layer.name for slot in slots], weight_norms, update_norms, ratios)
+            scales = list((ratios * scales[0]).unbind() if _all_same(scales) else map(_product, ratios.unbind(), scales))
+        kernel.apply(batch, scales)
+        for slot, weight in zip(slots, batch.weights):
+            if state.has_master(slot.parameter):
+                target = slot.piece.view(slot.parameter.detach())
+                target.copy_(weight)
+                self._master_versions[id(slot.parameter)] = _version(target)
+
+    # ------------------------------------------------------------------------------------------- the parts of a step
+
+    def plan(self) -> LayerPlan:
+        """The layers behind the present parameter groups; worked out again when parameters or exemptions change."""
+        key = fingerprint(self.param_groups)
+        if key not in self._plans:
+            if len(self._plans) > 64:
+                self._plans.clear()
+            self._plans[key] = LayerPlan(self.param_groups)
+        return self._plans[key]
+
+    def full_weight(self, slot: Slot) -> Tensor:
+        """The slot's weight in full precision: the master where there is one, else the parameter itself."""
+        parameter = slot.parameter if self.defaults["differentiable"] else slot.parameter.detach()
+        local = slot.piece.view(parameter)
+        if not state.has_master(slot.parameter):
+            return local
+        master = slot.piece.view(self._state_of(slot.parameter)["master_weight"])
+        if self._master_versions.get(id(slot.parameter)) != _version(local):
+            state.refresh_master(master, local)
+        return master
+
+    def next_coefficients(self, slot: Slot) -> tuple[Scalar, Coefficients]:
+        """The number and the coefficients of the slot's next step, not counted yet."""
+        group = self.param_groups[slot.group]
+        step = self._state_of(slot.parameter)["step"] + 1
+        if not group["capturable"]:
+            step = float(step)
+        else:
+            step = step.to(equations.statistic_dtype(step.device))
+        return step, self.coefficients(step, group)
+
+    def count_step(self, parameter: Tensor) -> None:
+        """Counts one step of the parameter."""
+        found = self.state[parameter]
+        found["step"] = found["step"] + 1
+
+    def _advance(self, ready: Sequence[Slot]) -> dict[int, Coefficients]:
+        """Counts this step, once per parameter; returns its coefficients by id of the parameter."""
+        coefficients: dict[int, Coefficients] = {}
+        known: dict[Any, Coefficients] = {}
+        for slot in ready:
+            if id(slot.parameter) in coefficients:
+                continue
+            self._state_of(slot.parameter)
+            self.count_step(slot.parameter)
+            group = self.param_groups[slot.group]
+            step = self.state[slot.parameter]["step"]
+            if group["capturable"]:
+                found = self.coefficients(step.to(equations.statistic_dtype(step.device)), group)
+            else:
+                key = (slot.group, float(step))
+                found = known[key] if key in known else self.coefficients(key[1], group)
+                known[key] = found
+            coefficients[id(slot.parameter)] = found
+        return coefficients
+
+    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+        found = self.state[parameter]
+        if "exp_avg" not in found:
+            state.allocate(found, parameter, self.defaults["capturable"], second_moment=self.base == "adam")
+        elif state.has_master(parameter) and "master_weight" not in found:
+            found["master_weight"] = parameter.detach().float()  # resumed from a full-precision run
+        return found
+
+    def _clip_scale(self, plan: LayerPlan) -> Optional[Tensor]:
+        """The coefficient that every gradient is multiplied by, or None without ``max_grad_norm``."""
+        limits = {group["max_grad_norm"] for group in self.param_groups}
+        if limits == {None} or not limits:
+            self._grad_norm = None
+            return None
+        if len(limits) > 1:
+            raise InvalidOptionError(
+                f"max_grad_norm differs between parameter groups ({sorted(map(str, limits))}): the norm is that of all "
+                "gradients together, so there is one limit. Set the same value in every group."
+            )
+        self._grad_norm = self.global_grad_norm()
+        return None if self._grad_norm is None else equations.clip_coefficient(self._grad_norm, limits.pop())
+
+    def _refuse_idle(self, plan: LayerPlan) -> None:
+        """Raises where no parameter has ever had a gradient: the model trains other tensors than these."""
+        if self.state or not plan.slots or plan.split or any(slot.parameter.grad is not None for slot in plan.slots):
+            return
+        if not any(slot.parameter.numel() and slot.parameter.requires_grad for slot in plan.slots):
+            return
+        self._idle_steps += 1
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if self._idle_steps > 1 or (distributed and torch.distributed.get_world_size() > 1):
+            raise UnknownShardError(
+                f"{type(self).__name__}.step() found no gradient on any of its {len(plan.slots)} parameters (the first is "
+                f"{plan.slots[0].piece.layer.name}), and none ever had one: the model was probably wrapped or moved after "
+                "the optimizer was built, so it trains other tensors. With the stock LightningCLI add "
+                "`--trainer.callbacks+=lightning_lamb.LargeBatch`, or use LambCLI or LambMixin; in your own loop build "
+                "the optimizer after wrapping. (If this really is a step before any backward(), leave it out.)"
+            )
+
+    # ------------------------------------------------------------------------------------------------ groups and state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds parameters, at any time; their step count starts at zero.
+
+        Args:
+            param_group: ``params`` (tensors or (name, tensor) pairs) and any option of the optimizer.
+
+        Raises:
+            InvalidOptionError: an option that cannot be meant.
+            UnsupportedGradientError: a complex parameter.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        options = {name: param_group.get(name, default) for name, default in self.defaults.items()}
+        super().add_param_group({**param_group, **checked(options)})
+        group = self.param_groups[-1]
+        for position, parameter in enumerate(group["params"]):
+            if parameter.is_complex():
+                self.param_groups.pop()
+                gradients.refuse_complex(parameter_name(group, len(self.param_groups), position))
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what `state_dict` returned; float32 masters and moments of half-precision parameters are not rounded.
+
+        Args:
+            state_dict: of the same class, with the same groups and shapes.
+
+        Raises:
+            StateDictError: another class, other groups or other shapes; nothing is changed then.
+        """
+        received: list[dict[str, Any]] = []
+
+        def check(_: Optimizer, found: dict[str, Any]) -> None:  # after the user's own hooks have had their say
+            state.check_state_dict(found, self.param_groups, self.signature, type(self).__name__)
+            received.append(found)
+
+        handle = self.register_load_state_dict_pre_hook(check)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        state.restore_full_precision(self.state, self.param_groups, received[0])
+        self._reset()
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        super().__setstate__(pickled)
+        self._reset()
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    # ----------------------------------------------------------------------------------------------------- what it reports
+
+    def global_grad_norm(self) -> Tensor:
+        """The L2 norm of all gradients over all layers and ranks, as it is now; after ``max_grad_value``.
+
+        Communication: one all-reduce of one number per process group that holds pieces of layers.
+
+        Returns:
+            0-dim tensor, the same on every rank.
+        """
+        limit = self.param_groups[0]["max_grad_value"] if self.param_groups else None
+        square = gradients.square_norm(self.plan(), limit)
+        return torch.zeros(()) if square is None else square.sqrt()
+
+    @property
+    def grad_norm(self) -> Optional[Tensor]:
+        """The gradient norm that the last step clipped by, before clipping; None without ``max_grad_norm``."""
+        return self._grad_norm
+
+    @property
+    def trust_ratios(self) -> dict[str, Tensor]:
+        """``phi(||w||)/||u||`` of the last step by layer name, 0-dim tensors on the device; adapted layers only."""
+        return self._report.trust_ratios
+
+    @property
+    def weight_norms(self) -> dict[str, Tensor]:
+        """``||w||`` before the last step by layer name; over all ranks' pieces."""
+        return self._report.weight_norms
+
+    @property
+    def update_norms(self) -> dict[str, Tensor]:
+        """``||u||`` of the last step by layer name; over all ranks' pieces."""
+        return self._report.update_norms
+
+
+def _version(tensor: Tensor) -> tuple[int, int]:
+    # meta tensors have no address, and inference tensors no version; both are fine as constants
+    return (0 if tensor.is_inference() else tensor._version, 0 if tensor.is_meta else tensor.data_ptr())
+
+
+def _all_same(scales: Sequence[Scalar]) -> bool:
+    return all(scale is scales[0] or (isinstance(scale, float) and scale == scales[0]) for scale in scales)
+
+
+def _product(ratio: Tensor, scale: Scalar) -> Scalar:
+    return ratio * scale

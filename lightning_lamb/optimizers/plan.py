@@ -1,0 +1,121 @@
+"""Which layers an optimizer has, where their pieces are, and which of them have a trust ratio: worked out once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lamb.errors import InvalidOptionError
+from lightning_lamb.sharding import GlobalNorm, NormTable, Piece, annotation, clean_name, locate
+
+
+@dataclass(frozen=True, eq=False)
+class Slot:
+    """One piece of one layer, as the optimizer meets it.
+
+    Attributes:
+        group: the parameter group's index.
+        parameter: the optimizer's parameter that contains the piece.
+        piece: which layer, which elements.
+        weight_decay: the group's, or 0 where the layer is exempt.
+        adapt: whether the layer has a trust ratio.
+        device: of the elements.
+        norm: of the group.
+    """
+
+    group: int
+    parameter: Tensor
+    piece: Piece
+    weight_decay: float
+    adapt: bool
+    device: torch.device
+    norm: Any
+
+
+class LayerPlan:
+    """All slots of an optimizer, and the tables that complete their norms.
+
+    Args:
+        groups: the optimizer's parameter groups.
+    """
+
+    def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        self.slots: list[Slot] = []
+        for index, group in enumerate(groups):
+            for position, parameter in enumerate(group["params"]):
+                for piece in locate(parameter, parameter_name(group, index, position)):
+                    self.slots.append(_slot(index, group, parameter, piece))
+        self.by_parameter: dict[int, list[Slot]] = {}
+        for slot in self.slots:
+            self.by_parameter.setdefault(id(slot.parameter), []).append(slot)
+        # Exempt layers join the table of a group that communicates anyway: their activity flag keeps ranks together.
+        self.split = [slot for slot in self.slots if slot.piece.split is not None]
+        self.devices = list(dict.fromkeys(slot.device for slot in self.slots))
+        self._entries: dict[Any, Tensor] = {}
+        self._global_norms: dict[torch.device, tuple[list[Slot], GlobalNorm]] = {}
+        self.tables = {device: self._table(device) for device in self.devices}
+
+    def _table(self, device: torch.device) -> tuple[list[Slot], NormTable]:
+        slots = [slot for slot in self.split if slot.device == device]
+        if not any(slot.adapt for slot in slots):
+            slots = []
+        return slots, NormTable([slot.piece for slot in slots], [slot.norm for slot in slots], device)
+
+    def entries(self, slots: Sequence[Slot], members: Sequence[Slot]) -> Tensor:
+        """(slots,) positions of ``slots`` in the table of ``members``, on their device; copied there once."""
+        key = tuple(map(id, slots))
+        if key not in self._entries:
+            position = {id(member): index for index, member in enumerate(members)}
+            self._entries[key] = torch.tensor([position[id(slot)] for slot in slots], device=slots[0].device)
+        return self._entries[key]
+
+    def global_norms(self) -> dict[torch.device, tuple[list[Slot], GlobalNorm]]:
+        """Per device, the slots and the reduction that together give the gradient's norm."""
+        if not self._global_norms:
+            for device in self.devices:
+                slots = [slot for slot in self.slots if slot.device == device]
+                self._global_norms[device] = slots, GlobalNorm([slot.piece for slot in slots], device)
+        return self._global_norms
+
+
+def fingerprint(groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
+    """Changes when a plan made from ``groups`` no longer fits: other parameters, other exemptions, other names."""
+    return tuple(
+        (
+            tuple(map(id, group["params"])),
+            group["weight_decay"],
+            group["adapt"],
+            group["exempt_1d"],
+            group["norm"],
+            len(group.get("param_names", ())),
+        )
+        for group in groups
+    )
+
+
+def parameter_name(group: Mapping[str, Any], group_index: int, position: int) -> str:
+    """The name in the group, else the annotated one, else "group{i}.param{j}"."""
+    names = group.get("param_names")
+    if names is not None and len(names) == len(group["params"]):
+        return clean_name(names[position])
+    known = annotation(group["params"][position])
+    return known.name if known is not None else f"group{group_index}.param{position}"
+
+
+def _slot(index: int, group: Mapping[str, Any], parameter: Tensor, piece: Piece) -> Slot:
+    exempt = group["exempt_1d"] and len(piece.layer.shape) <= 1
+    weight_decay = 0.0 if exempt else group["weight_decay"]
+    adapt = group["adapt"]
+    if adapt == "decayed":
+        adapt = weight_decay != 0
+    if piece.split is not None and group["differentiable"]:
+        raise InvalidOptionError(
+            f"differentiable=True: {piece.layer.name} is sharded, and gradients do not flow through the all-reduce of its "
+            "norms. Use whole parameters."
+        )
+    local = piece.view(parameter.detach())
+    return Slot(index, parameter, piece, weight_decay, bool(adapt) and not exempt, local.device, group["norm"])

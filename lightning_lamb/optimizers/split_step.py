@@ -1,0 +1,117 @@
+"""The step of layers that are cut over ranks: all local directions, the all-reduce, all applications."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Optional
+
+import torch
+from torch import Tensor
+
+from lightning_lamb import equations
+from lightning_lamb.equations import Coefficients
+from lightning_lamb.kernels import Batch, Kernel
+from lightning_lamb.optimizers.batches import batches_of, kernel_for, options_of
+from lightning_lamb.optimizers.plan import LayerPlan, Slot
+from lightning_lamb.sharding import NormTable
+
+if TYPE_CHECKING:
+    from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
+
+
+@dataclass
+class Pending:
+    """A batch between its two passes.
+
+    Attributes:
+        absent: this rank has no gradient for the batch's one slot; it moves only if another rank has one.
+        active: for an absent slot, the number of ranks that have one; a 0-dim tensor.
+    """
+
+    kernel: Kernel
+    batch: Batch
+    slots: list[Slot]
+    weights: Tensor
+    updates: Tensor
+    absent: bool = False
+    active: Optional[Tensor] = None
+
+
+def split_step(
+    optimizer: LayerwiseOptimizer,
+    plan: LayerPlan,
+    coefficients: dict[int, Coefficients],
+    grad_scale: Optional[Tensor],
+) -> list[Pending]:
+    """Runs the first pass and completes the norms.
+
+    A layer that has a gradient on some ranks only is stepped on all of them, with zero for the missing ones: its pieces
+    are one layer. Where that occurs the host reads one flag per such piece; otherwise it reads nothing.
+
+    Communication: one all-reduce per process group.
+
+    Returns:
+        The batches to apply, their statistics completed over all ranks.
+    """
+    ready = [slot for slot in plan.split if slot.parameter.grad is not None]
+    pending = []
+    for batch, slots in batches_of(ready, optimizer, coefficients, grad_scale, whole=False):
+        kernel = kernel_for(optimizer.param_groups[slots[0].group])
+        pending.append(Pending(kernel, batch, slots, *kernel.direction(batch)))
+    for device, (members, table) in plan.tables.items():
+        if members:
+            missing = [slot for slot in members if slot.parameter.grad is None and _elements(slot)]
+            pending += [_absent(optimizer, slot) for slot in missing]
+            _complete(plan, members, table, [item for item in pending if item.slots[0].device == device])
+    moving = []
+    for item in pending:
+        if item.absent and not _moved_elsewhere(optimizer, item):
+            continue
+        moving.append(item)
+    return moving
+
+
+def _complete(plan: LayerPlan, members: Sequence[Slot], table: NormTable, pending: list[Pending]) -> None:
+    device = members[0].device
+    rows = torch.zeros(3, len(members), dtype=equations.statistic_dtype(device), device=device)
+    for item in pending:
+        entries = plan.entries(item.slots, members)
+        rows[0].index_copy_(0, entries, item.weights)
+        rows[1].index_copy_(0, entries, item.updates)
+        if not item.absent:
+            rows[2].index_fill_(0, entries, 1.0)
+    weights, updates, active = table.complete(rows[0], rows[1], rows[2])
+    for item in pending:
+        entries = plan.entries(item.slots, members)
+        item.weights, item.updates = weights[entries], updates[entries]
+        if item.absent:
+            item.active = active[entries][0]
+
+
+def _absent(optimizer: LayerwiseOptimizer, slot: Slot) -> Pending:
+    """What a zero gradient would do to the slot, worked out on copies of its moments."""
+    step, coefficients = optimizer.next_coefficients(slot)
+    weight = optimizer.full_weight(slot)
+    zero = torch.zeros_like(weight)
+    moments = [
+        view.clone() for view in (slot.piece.view(optimizer.state[slot.parameter][key]) for key in optimizer.moment_keys())
+    ]
+    batch = Batch(options_of(slot, optimizer), [weight], [zero], moments[:1], moments[1:], [coefficients])
+    kernel = kernel_for(optimizer.param_groups[slot.group])
+    return Pending(kernel, batch, [slot], *kernel.direction(batch), absent=True)
+
+
+def _moved_elsewhere(optimizer: LayerwiseOptimizer, item: Pending) -> bool:
+    """Reads whether another rank has a gradient for the layer, and if so keeps the tentative moments."""
+    slot = item.slots[0]
+    if item.active is None or not bool(item.active > 0):
+        return False
+    optimizer.count_step(slot.parameter)
+    for key, value in zip(optimizer.moment_keys(), [*item.batch.moments1, *item.batch.moments2]):
+        slot.piece.view(optimizer.state[slot.parameter][key]).copy_(value)
+    return True
+
+
+def _elements(slot: Slot) -> int:
+    return slot.piece.view(slot.parameter.detach()).numel()

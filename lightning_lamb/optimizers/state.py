@@ -1,0 +1,116 @@
+"""Per-parameter state: allocation, full-precision masters, and loading without rounding or half-loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lamb.errors import StateDictError
+
+HALF_DTYPES = (torch.bfloat16, torch.float16)
+FULL_PRECISION_KEYS = ("exp_avg", "exp_avg_sq", "master_weight")
+
+
+def has_master(parameter: Tensor) -> bool:
+    """Whether the parameter is too coarse to accumulate updates and needs a float32 master.
+
+    LAMB changes a layer by the fraction ``lr`` per step; for lr <= 2e-3 that is below half the spacing of bfloat16, and
+    most elements would never move.
+    """
+    return parameter.dtype in HALF_DTYPES
+
+
+def allocate(state: dict[str, Any], parameter: Tensor, capturable: bool, second_moment: bool) -> None:
+    """Fills an empty state: ``step``, ``exp_avg``, ``exp_avg_sq`` and, for half precision, ``master_weight``.
+
+    Args:
+        state: modified in place.
+        parameter: the tensors are laid out like it (DTensor for DTensor), in float32 if it is half precision.
+        capturable: keep ``step`` on the parameter's device, else on the host.
+        second_moment: whether the optimizer has one.
+    """
+    half = has_master(parameter)
+    dtype = torch.float32 if half else parameter.dtype
+    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else "cpu")
+    state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    if second_moment:
+        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    if half:
+        state["master_weight"] = parameter.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+
+def refresh_master(master: Tensor, parameter: Tensor) -> None:
+    """Takes over elements of ``parameter`` that somebody else changed; keeps the master's digits where nobody did.
+
+    Loading new weights into the module would otherwise be undone by the next step. In place, no host sync.
+    """
+    kept = master.to(parameter.dtype) == parameter
+    master.copy_(torch.where(kept, master, parameter.to(master.dtype)))
+
+
+def check_state_dict(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], signature: frozenset[str], owner: str
+) -> None:
+    """Refuses a state dict that is not one of this optimizer's, before anything is loaded.
+
+    Args:
+        state_dict: as `torch.optim.Optimizer.state_dict` makes it.
+        groups: the optimizer's own parameter groups.
+        signature: option names that tell this optimizer from others.
+        owner: its class name.
+
+    Raises:
+        StateDictError: other class, other groups, other shapes.
+    """
+    if not {"state", "param_groups"} <= set(state_dict):
+        raise StateDictError(f"This is no optimizer state dict: it has the keys {sorted(map(str, state_dict))}.")
+    saved_groups = state_dict["param_groups"]
+    if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
+        raise StateDictError(
+            f"The state dict has parameter groups of {[len(group['params']) for group in saved_groups]} parameters, this "
+            f"{owner} of {[len(group['params']) for group in groups]}. Build it from the same model and the same group "
+            "rules. Nothing was loaded."
+        )
+    for index, group in enumerate(saved_groups):
+        missing = sorted(signature - set(group))
+        if missing:
+            raise StateDictError(
+                f"The state dict is not one of {owner}: its parameter group {index} has no {', '.join(missing)} (it has "
+                f"{', '.join(sorted(set(group) - {'params'}))}). Start {owner} with fresh state, or build the "
+                "optimizer that saved it. Nothing was loaded."
+            )
+    for saved, group in zip(saved_groups, groups):
+        names = group.get("param_names") or saved.get("param_names") or [None] * len(group["params"])
+        for key, parameter, name in zip(saved["params"], group["params"], names):
+            _check_shapes(state_dict["state"].get(key, {}), parameter, str(name or f"parameter {key}"), owner)
+
+
+def restore_full_precision(
+    state: Mapping[Any, dict[str, Any]], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
+) -> None:
+    """Replaces the tensors that torch rounded to half precision by the saved float32 ones.
+
+    `torch.optim.Optimizer.load_state_dict` casts all floating state to the parameter's dtype, except ``step``.
+    """
+    for saved, group in zip(state_dict["param_groups"], groups):
+        for key, parameter in zip(saved["params"], group["params"]):
+            loaded = state.get(parameter)
+            if loaded is None or not has_master(parameter):
+                continue
+            for name in FULL_PRECISION_KEYS:
+                original = state_dict["state"].get(key, {}).get(name)
+                if isinstance(original, Tensor):
+                    # clone: torch keeps no tensor of the caller's dict either, unless dtype and device already agree
+                    loaded[name] = original.detach().to(device=parameter.device, dtype=torch.float32).clone()
+
+
+def _check_shapes(saved: Mapping[str, Any], parameter: Tensor, name: str, owner: str) -> None:
+    for key, value in saved.items():
+        if key != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
+            raise StateDictError(
+                f"{name}: the state dict's {key} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}. "
+                f"Load the {owner} state of this model. Nothing was loaded."
+            )

@@ -1,0 +1,54 @@
+"""Which slice is here? One file per answer; `locate` asks them in turn."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_lamb.sharding import dtensor, fsdp1
+from lightning_lamb.sharding.annotate import annotate, annotation, clean_name, true_name, true_shape
+from lightning_lamb.sharding.dtensor import aligned_gradient, is_dtensor
+from lightning_lamb.sharding.layout import Layer, Locator, Piece, Split
+from lightning_lamb.sharding.norms import GlobalNorm, NormTable, gather_by_name
+
+__all__ = [
+    "LOCATORS",
+    "GlobalNorm",
+    "Layer",
+    "Locator",
+    "NormTable",
+    "Piece",
+    "Split",
+    "aligned_gradient",
+    "annotate",
+    "annotation",
+    "clean_name",
+    "gather_by_name",
+    "is_dtensor",
+    "locate",
+    "true_name",
+    "true_shape",
+]
+
+LOCATORS: list[Locator] = [dtensor.locate, fsdp1.locate]
+"""Tried in order; the first that knows the layout answers."""
+
+
+def locate(parameter: Tensor, name: str) -> list[Piece]:
+    """The pieces of layers inside one optimizer parameter.
+
+    Args:
+        parameter: as it stands in a parameter group.
+        name: for messages and for reports by name.
+
+    Returns:
+        One piece, the whole layer, unless a locator says otherwise.
+
+    Raises:
+        UnknownShardError: a layout that cannot be seen through.
+    """
+    for locator in LOCATORS:
+        pieces = locator(parameter, name)
+        if pieces is not None:
+            return pieces
+    # true_shape: a whole parameter, except for what ZeRO-3 keeps beside the emptied tensor.
+    return [Piece(Layer(name, true_shape(parameter)))]

@@ -1,0 +1,101 @@
+"""Names and true shapes of parameters, recorded while the module that knows them is at hand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Optional
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+WRAPPER_PREFIXES = ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "_orig_mod.", "_forward_module.")
+"""What FSDP1, activation checkpointing, torch.compile and Lightning put into parameter names."""
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What a module knew about a parameter.
+
+    Attributes:
+        name: the name in the module, without the wrappers' prefixes.
+        shape: the true shape, where the parameter itself shows only a slice (FSDP1); None where it tells the truth.
+        group: the ranks that hold the other slices; None where the parameter is whole.
+    """
+
+    name: str
+    shape: Optional[tuple[int, ...]] = None
+    group: Optional[ProcessGroup] = None
+
+
+# Weak, and by identity: a parameter takes its annotation with it when it dies, and tensors do not compare as keys.
+_ANNOTATIONS: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def clean_name(name: str) -> str:
+    """``name`` without the prefixes that wrappers add.
+
+    >>> clean_name("_fsdp_wrapped_module.net._orig_mod.0.weight")
+    'net.0.weight'
+    """
+    for prefix in WRAPPER_PREFIXES:
+        name = name.replace(prefix, "")
+    return name
+
+
+def annotate(module: nn.Module) -> int:
+    """Records the name of every parameter of ``module``, and under FSDP1 its true shape and process group.
+
+    Call it after wrapping and before the first ``step()``; `LambMixin`, `LargeBatch` and `LambCLI` do. FSDP1 shows the
+    optimizer 1-D, possibly empty slices, and only the wrapped module knows what they are slices of. Needed nowhere
+    else, but then trust ratios are reported by name. Idempotent; no communication.
+
+    Args:
+        module: the (wrapped) model.
+
+    Returns:
+        The number of parameters recorded.
+
+    Raises:
+        UnknownShardError: FSDP1 with ``use_orig_params=False``, where layers are invisible.
+    """
+    from lightning_lamb.sharding.fsdp1 import flat_slices
+
+    names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        _ANNOTATIONS[parameter] = Annotation(names[id(parameter)])
+    for parameter, shape, group, name in flat_slices(module):
+        _ANNOTATIONS[parameter] = Annotation(names.get(id(parameter), clean_name(name)), shape, group)
+    return len(names)
+
+
+def annotation(parameter: Tensor) -> Optional[Annotation]:
+    """What `annotate` recorded of ``parameter``, or None."""
+    return _ANNOTATIONS.get(parameter)
+
+
+def true_name(parameter: Tensor) -> Optional[str]:
+    """The parameter's name in its module, or None if no module was annotated."""
+    known = annotation(parameter)
+    return None if known is None else known.name
+
+
+def true_shape(parameter: Tensor) -> tuple[int, ...]:
+    """The shape of the whole layer, also where ``parameter`` is a slice of it (FSDP1, ZeRO-3, DTensor).
+
+    Args:
+        parameter: a parameter as its module shows it.
+
+    Raises:
+        UnknownShardError: a slice that nobody annotated.
+    """
+    from lightning_lamb.sharding.fsdp1 import refuse_unannotated
+
+    known = annotation(parameter)
+    if known is not None and known.shape is not None:
+        return known.shape
+    refuse_unannotated(parameter, known.name if known else "a parameter")
+    partitioned = getattr(parameter, "ds_shape", None)  # DeepSpeed ZeRO-3 empties the parameter and keeps its shape here
+    return tuple(parameter.shape if partitioned is None else partitioned)

@@ -80,8 +80,9 @@ def _does_not_divide(batch: int, micro: int, ranks: int) -> str:
     )
     if batch % ranks == 0:
         per_rank = batch // ranks
-        divisor = next(size for size in range(min(micro, per_rank), 0, -1) if per_rank % size == 0)
-        message += f" Or keep {batch} with micro_batch_size={divisor}."
+        small = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
+        largest = max(size for size in (*small, *(per_rank // size for size in small)) if size <= micro)
+        message += f" Or keep {batch} with micro_batch_size={largest}."
     return message
 
 

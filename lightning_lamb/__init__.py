@@ -1,7 +1,7 @@
 """LAMB and LARS that stay exact when parameters are sharded, and the arithmetic of large batches around them.
 
-``from lightning_lamb import Lamb`` imports torch and nothing else. The names that need Lightning, jsonargparse or
-another optional package are imported when they are first asked for (PEP 562).
+``from lightning_lamb import Lamb`` imports torch and nothing else. What needs Lightning, jsonargparse or another
+optional package, and what only some users want, is imported when it is first asked for (PEP 562).
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from lightning_lamb.__about__ import __version__
+from lightning_lamb.optimizers.lamb import Lamb
+from lightning_lamb.optimizers.lars import Lars
+from lightning_lamb.schedules import StagedWarmup
 
 if TYPE_CHECKING:
     from lightning_lamb.callbacks import LargeBatch, TrustRatioMonitor
     from lightning_lamb.cli import LambCLI
     from lightning_lamb.mixin import LambMixin
-    from lightning_lamb.optimizers.lamb import Lamb
-    from lightning_lamb.optimizers.lars import Lars
     from lightning_lamb.param_groups import GroupRules, lamb_param_groups
     from lightning_lamb.plan import make_plan, plan_from_recipe
-    from lightning_lamb.schedules import StagedWarmup
 
 __all__ = [
     "GroupRules",
@@ -38,12 +38,9 @@ __all__ = [
 
 _HOME_OF_LAZY_NAME = {
     "GroupRules": "lightning_lamb.param_groups",
-    "Lamb": "lightning_lamb.optimizers.lamb",
     "LambCLI": "lightning_lamb.cli",
     "LambMixin": "lightning_lamb.mixin",
     "LargeBatch": "lightning_lamb.callbacks",
-    "Lars": "lightning_lamb.optimizers.lars",
-    "StagedWarmup": "lightning_lamb.schedules",
     "TrustRatioMonitor": "lightning_lamb.callbacks",
     "lamb_param_groups": "lightning_lamb.param_groups",
     "make_plan": "lightning_lamb.plan",

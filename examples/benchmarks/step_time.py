@@ -31,7 +31,8 @@ import report
 import shapes
 from contenders import BASELINE, CONTENDERS, Contender, reason_not_to_run
 
-COPY = "copy of the weights"
+COPY, ADDITION = "copy of the weights", "in-place addition"
+STREAMS = {COPY: 8, ADDITION: 12}  # bytes per parameter: read and write; read, read and write
 SHORTEST_MEASUREMENT = 0.02  # seconds; shorter steps are repeated within a measurement
 OUT_OF_CACHE = 256 * 2**20  # bytes of weights, gradients and moments from which bandwidth means the memory's
 
@@ -102,6 +103,22 @@ def median_and_middle_half(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q1": low, "q3": high}
 
 
+def streams(model: SharedModel) -> dict[str, Callable[[], None]]:
+    """The plainest passes over memory there are, to compare bandwidth with; they leave the model as it is."""
+    copies = [torch.zeros_like(param) for param in model.params]
+    weights = [param.detach() for param in model.params]
+
+    def copy() -> None:
+        for target, source in zip(copies, weights):
+            target.copy_(source)
+
+    def addition() -> None:
+        for target, source in zip(copies, weights):
+            target.add_(source)
+
+    return {COPY: copy, ADDITION: addition}
+
+
 def time_model(
     model: SharedModel, contenders: Sequence[Contender], args: argparse.Namespace, threads: int
 ) -> list[dict]:
@@ -109,20 +126,14 @@ def time_model(
 
     Returns:
         Per contender: name, seconds and ratio to the baseline (each median, q1, q3), and, for a model beyond the
-        caches, the bytes it must move per second, also as a share of a copy's.
+        caches, the bytes it must move per second, also as a share of the fastest of STREAMS.
     """
     torch.set_num_threads(threads)
-    copies = [torch.empty_like(param) for param in model.params]
-
-    def copy() -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(copies, list(model.params))
-
-    actions = {contender.name: model.optimizer(contender).step for contender in contenders}
-    measurements = {name: measurement(action, args.device) for name, action in (actions | {COPY: copy}).items()}
+    actions = {contender.name: model.optimizer(contender).step for contender in contenders} | streams(model)
+    measurements = {name: measurement(action, args.device) for name, action in actions.items()}
     seconds = interleaved(measurements, args.rounds)
     out_of_cache = 16 * model.parameters > OUT_OF_CACHE
-    copy_bandwidth = 8 * model.parameters / statistics.median(seconds[COPY])
+    stream = max(size * model.parameters / statistics.median(seconds[name]) for name, size in STREAMS.items())
     rows = []
     for contender in contenders:
         own = seconds[contender.name]
@@ -133,7 +144,7 @@ def time_model(
                 "seconds": median_and_middle_half(own),
                 "ratio": median_and_middle_half([mine / base for mine, base in zip(own, seconds[BASELINE])]),
                 "bandwidth": bandwidth if out_of_cache else None,
-                "share_of_copy": bandwidth / copy_bandwidth if out_of_cache else None,
+                "share_of_stream": bandwidth / stream if out_of_cache else None,
             }
         )
     return rows

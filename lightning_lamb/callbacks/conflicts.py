@@ -1,0 +1,66 @@
+"""What LargeBatch and LambMixin refuse to run beside, because both would do the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.optim import Optimizer
+
+from lightning_lamb.errors import ConflictError
+from lightning_lamb.lightning_seams import LightningModule, Trainer, inner_optimizer
+
+# Compared by name, because the two Lightning packages have a class of that name each.
+REWRITES_ACCUMULATION = {
+    "GradientAccumulationScheduler": "remove it: LargeBatch sets the accumulation from the global batch",
+    "StochasticWeightAveraging": "use Lightning's WeightAveraging callback, which leaves the accumulation alone",
+}
+
+
+def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation: int | None) -> None:
+    """Refuses everything else that would decide about accumulation.
+
+    Args:
+        trainer: before its strategy was set up.
+        module: the module to train.
+        own_accumulation: what LargeBatch itself set in an earlier ``fit`` of this Trainer, if any.
+
+    Raises:
+        ConflictError: manual optimization, an accumulation of the Trainer's own, or a callback that changes it.
+    """
+    if not module.automatic_optimization:
+        raise ConflictError(
+            f"LargeBatch needs automatic optimization, and {type(module).__name__}.automatic_optimization is False: "
+            "with manual optimization the module decides itself when to step. Remove LargeBatch and accumulate in "
+            "training_step (lightning_lamb.scaling.accumulate_grad_batches tells how often), or switch to automatic."
+        )
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name, remedy in REWRITES_ACCUMULATION.items():
+            if any(kind.__name__ == name for kind in type(callback).__mro__):
+                raise ConflictError(f"LargeBatch and {name} both set accumulate_grad_batches: {remedy}.")
+    if trainer.accumulate_grad_batches not in (1, own_accumulation):
+        raise ConflictError(
+            f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) and LargeBatch both set the "
+            "accumulation: leave the Trainer's at 1; LargeBatch derives it from global_batch_size."
+        )
+
+
+def refuse_double_clipping(trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
+    """Refuses gradients that would be clipped by the Trainer and then again by the optimizer.
+
+    Raises:
+        ConflictError: ``Trainer(gradient_clip_val=...)`` beside the same kind of clipping in a parameter group.
+    """
+    trainer_value: Any = trainer.gradient_clip_val
+    if not trainer_value or trainer_value <= 0:
+        return
+    by_value = str(getattr(trainer.gradient_clip_algorithm, "value", trainer.gradient_clip_algorithm)) == "value"
+    option = "max_grad_value" if by_value else "max_grad_norm"
+    for optimizer in optimizers:
+        for group in inner_optimizer(optimizer).param_groups:
+            if group.get(option) is not None:
+                raise ConflictError(
+                    f"gradients would be clipped twice: Trainer(gradient_clip_val={trainer_value}) and "
+                    f"{type(inner_optimizer(optimizer)).__name__}({option}={group[option]}). Remove one; the "
+                    "optimizer's is exact under every sharding."
+                )

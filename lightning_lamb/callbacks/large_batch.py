@@ -1,0 +1,280 @@
+"""`LargeBatch`: trains at a global batch, whatever the number of ranks and the memory of each."""
+
+# ruff: noqa: ARG002 - Lightning calls its hooks with all arguments
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lamb.callbacks import schedule
+from lightning_lamb.callbacks.conflicts import refuse_conflicts, refuse_double_clipping
+from lightning_lamb.callbacks.learning_rate import multiply_learning_rates
+from lightning_lamb.callbacks.live_parameters import LiveParameters
+from lightning_lamb.callbacks.micro_batch import (
+    data_comes_from_module,
+    declared_micro_batch,
+    micro_batch_of_loaders,
+    refuse_other_micro_batch,
+)
+from lightning_lamb.callbacks.rules import BatchRules
+from lightning_lamb.callbacks.summary import DerivedBatch, describe
+from lightning_lamb.callbacks.windows import WindowMean
+from lightning_lamb.errors import BatchSizeError, ConflictError, PlanError
+from lightning_lamb.lightning_seams import (
+    Callback,
+    LightningModule,
+    Trainer,
+    data_parallel_size,
+    drop_train_data_before_resume,
+    inner_optimizer,
+    rank_zero_info,
+    rank_zero_warn,
+    shift_micro_batch_counters,
+    strategy_accumulates,
+    total_optimizer_steps,
+    wrapped_model,
+)
+from lightning_lamb.scaling import accumulate_grad_batches
+from lightning_lamb.sharding.annotate import annotate
+
+
+class LargeBatch(Callback):
+    """Trains at a global batch size: derives accumulation, learning rate and warm-up, and averages gradients exactly.
+
+    Put it first in ``Trainer(callbacks=[...])`` and leave ``accumulate_grad_batches`` alone. It also makes schedulers
+    step per optimizer step, fills in the length of a StagedWarmup (or adds one if a warm-up is asked for), and points
+    an optimizer that was made before FSDP2 or XLA replaced the parameters at the new ones. What it derived is printed
+    once and kept in ``derived``.
+
+    Args:
+        global_batch_size: Samples per optimizer step, over all ranks. Required, unless a recipe gives it.
+        base_batch_size: Global batch that the learning rate and the warm-up fraction belong to. None: they belong to
+            global_batch_size and are not scaled.
+        base_lr: Learning rate at base_batch_size. None: the optimizer's own.
+        warmup_fraction: Share of the training that is warm-up at base_batch_size; grows in proportion to the batch.
+        warmup_steps: Warm-up in optimizer steps, instead of warmup_fraction.
+        lr_scaling: How the learning rate follows the batch: "sqrt", "linear" or "none".
+        micro_batch_size: Samples per forward pass and rank. None: read from the data module or the dataloader.
+        recipe: Name of a recipe (see `python -m lightning_lamb plan --help`) that gives what is left out above.
+        exact_windows: Average over all samples (or reported counts) of a window, also when its micro-batches are uneven
+            or the last window of an epoch is short. False: Lightning's mean of means.
+        loss_reduction: What training_step returns: the "mean" over the samples (or the count given to
+            lightning_lamb.report_count), or their "sum".
+        scheduler_interval: When schedulers step: after every optimizer "step" or "epoch". StagedWarmup: always "step".
+        on_plan_change: When a checkpoint was made with another global batch or learning-rate rule: "error", or "adopt"
+            to continue with this run's.
+
+    Raises:
+        BatchSizeError: The global batch does not divide, the accumulation is longer than an epoch, or the micro-batch
+            is unknown or contradicted by the data.
+        PlanError: The warm-up does not fit, the length of the training is unknown, or a checkpoint's plan differs.
+        ConflictError: Something else sets the accumulation, clips gradients a second time, or owns the warm-up.
+        InvalidOptionError: An option is out of range.
+    """
+
+    def __init__(
+        self,
+        global_batch_size: int | None = None,
+        base_batch_size: int | None = None,
+        base_lr: float | None = None,
+        warmup_fraction: float = 0.0,
+        warmup_steps: int | None = None,
+        lr_scaling: Literal["sqrt", "linear", "none"] | None = None,
+        micro_batch_size: int | None = None,
+        recipe: str | None = None,
+        exact_windows: bool = True,
+        loss_reduction: Literal["mean", "sum"] = "mean",
+        scheduler_interval: Literal["step", "epoch"] = "step",
+        on_plan_change: Literal["error", "adopt"] = "error",
+    ) -> None:
+        super().__init__()
+        self.rules = BatchRules.of(
+            global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling, recipe
+        )
+        self.micro_batch_size = micro_batch_size
+        self.exact_windows = exact_windows
+        self.loss_reduction = loss_reduction
+        self.scheduler_interval = scheduler_interval
+        self.on_plan_change = on_plan_change
+        self.derived: DerivedBatch | None = None
+        self._before: LiveParameters | None = None
+        self._window: WindowMean | None = None
+        self._restored: dict[str, Any] = {}
+
+    # ---- before the optimizers exist
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuses conflicts and sets the accumulation, which strategies read when they are set up."""
+        if stage != "fit":
+            return
+        own = None if self.derived is None else self.derived.accumulate_grad_batches
+        refuse_conflicts(trainer, pl_module, own)
+        trainer.accumulate_grad_batches = 1
+        self.derived, self._restored = None, {}
+        self._before = LiveParameters(pl_module)
+        if declared_micro_batch(trainer, self.micro_batch_size) is not None or not data_comes_from_module(trainer):
+            self._set_accumulation(trainer)
+        elif strategy_accumulates(trainer):
+            raise BatchSizeError(
+                f"{type(trainer.strategy).__name__} must know the accumulation before the module's dataloader exists: "
+                "give LargeBatch(micro_batch_size=...)."
+            )
+
+    def _set_accumulation(self, trainer: Trainer) -> DerivedBatch:
+        """Derives the accumulation, once per ``fit``. Loads the dataloader if nothing else tells the micro-batch."""
+        if self.derived is None:
+            micro = declared_micro_batch(trainer, self.micro_batch_size)
+            micro = micro_batch_of_loaders(trainer) if micro is None else micro
+            ranks = data_parallel_size(trainer)
+            steps = accumulate_grad_batches(self.rules.global_batch_size, micro, ranks)
+            trainer.accumulate_grad_batches = steps
+            self.derived = DerivedBatch(self.rules.global_batch_size, micro, ranks, steps)
+        return self.derived
+
+    # ---- between the optimizers and the checkpoint
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Repairs, scales and schedules the fresh optimizer; a checkpoint is restored over it afterwards."""
+        derived = self._set_accumulation(trainer)
+        annotate(wrapped_model(trainer) or pl_module)
+        annotate(pl_module)
+        optimizers = [inner_optimizer(optimizer) for optimizer in trainer.optimizers]
+        if self._before is not None:
+            rebound, self._before = self._before.rebind(optimizers, pl_module), None
+            if rebound:
+                rank_zero_info(f"LargeBatch: pointed the optimizer at {rebound} parameters that the strategy replaced.")
+        refuse_double_clipping(trainer, optimizers)
+
+        schedule.set_interval(trainer, self.scheduler_interval)
+        factor = self.rules.lr_factor(optimizers[0])
+        multiply_learning_rates(optimizers, schedule.schedulers_of(trainer), factor)
+        rates = tuple(float(group.get("initial_lr", group["lr"])) for group in optimizers[0].param_groups)
+        total, ramp = self._schedule(trainer)
+        self.derived = derived = dataclasses.replace(
+            derived, learning_rates=rates, lr_factor=factor, warmup_steps=ramp, total_steps=total
+        )
+        if self.exact_windows and not strategy_accumulates(trainer):
+            self._window = WindowMean(derived.micro_batch_size, self.loss_reduction)
+        self._print(trainer, derived)
+        drop_train_data_before_resume(trainer)
+
+    def _schedule(self, trainer: Trainer) -> tuple[int | None, int | None]:
+        """Completes the schedule; returns the total and the warm-up steps as far as they had to be known."""
+        staged = schedule.staged_warmup_of(trainer)
+        if staged is not None and self.on_plan_change == "adopt":
+            staged.on_plan_change = "adopt"
+        if not schedule.needs_total(trainer, self.rules.asks_for_warmup):
+            return (None if staged is None else staged.total_steps), None
+        total = total_optimizer_steps(trainer)
+        if not self.rules.asks_for_warmup:
+            schedule.fill_total_steps(trainer)
+            return total, None
+        ramp = self.rules.warmup(total, shorten=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
+        schedule.set_warmup(trainer, ramp, total, on_plan_change=self.on_plan_change)
+        return total, ramp
+
+    def _print(self, trainer: Trainer, derived: DerivedBatch) -> None:
+        """The one summary."""
+        names = [
+            f"{type(config.scheduler).__name__}, stepped after every "
+            f"{'optimizer step' if config.interval == 'step' else 'epoch'}"
+            for config in trainer.lr_scheduler_configs
+        ]
+        if self._window is None:
+            windows = "mean of the micro-batches' means, as Lightning does it"
+        else:
+            windows = f"mean over all samples of a window, or over report_count (training_step: {self.loss_reduction})"
+        schedules = "; ".join(names) or "none: constant learning rate"
+        rank_zero_info(describe(derived, lr_rule=self.rules.describe_lr(), schedule=schedules, windows=windows))
+
+    # ---- resuming
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Checks that the plan is still the same, and translates micro-batch counters to this run's accumulation.
+
+        Strategies call it before or after the optimizers are made, so it touches none.
+        """
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        if saved is None or not trainer.training:
+            return
+        differences = self.rules.differences(saved["rules"])
+        if differences and self.on_plan_change == "error":
+            raise PlanError(
+                "the checkpoint was made with another plan; nothing was loaded or overwritten:\n"
+                + "\n".join(f"  {line}" for line in differences)
+                + '\nGive LargeBatch the same values again, or on_plan_change="adopt" to continue with the new ones.'
+            )
+        derived = self._set_accumulation(trainer)
+        if saved["accumulate_grad_batches"] != derived.accumulate_grad_batches:
+            shift_micro_batch_counters(checkpoint, saved["accumulate_grad_batches"], derived.accumulate_grad_batches)
+        if saved["open_window"]:
+            rank_zero_warn(
+                f"the checkpoint was saved inside an accumulation window: the gradients of {saved['open_window']} "
+                "micro-batches are not in it, and the next step averages over the rest of that window. Save at window "
+                "ends (ModelCheckpoint's every_n_train_steps, or at the end of an epoch) to continue exactly."
+            )
+        self._restored = saved
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks the plan against the data that was loaded, before the first micro-batch."""
+        derived = self._set_accumulation(trainer)
+        refuse_other_micro_batch(trainer, derived.micro_batch_size)
+        batches, needed = trainer.num_training_batches, derived.accumulate_grad_batches
+        if batches < needed and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            largest = int(batches) * derived.micro_batch_size * derived.data_parallel_size
+            raise BatchSizeError(
+                f"global_batch_size={derived.global_batch_size} needs {needed} micro-batches per optimizer step, but "
+                f"an epoch has {batches} per rank: a step would end with the epoch, on fewer samples. Use a global "
+                f"batch of at most {largest}, or more data per epoch (limit_train_batches cuts it too)."
+            )
+        restored = self._restored.get("lr_factor", derived.lr_factor)
+        if restored != derived.lr_factor:  # only with on_plan_change="adopt"
+            factor = derived.lr_factor / restored
+            multiply_learning_rates(trainer.optimizers, schedule.schedulers_of(trainer), factor)
+        self._restored = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, strings and dicts only, so that ``torch.load(weights_only=True)`` reads it."""
+        if self.derived is None:
+            return {}
+        return {
+            "rules": dataclasses.asdict(self.rules),
+            **{key: value for key, value in dataclasses.asdict(self.derived).items() if key != "learning_rates"},
+            "open_window": 0 if self._window is None else self._window.micro_batches,
+        }
+
+    # ---- one window
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes the micro-batch, whose samples count."""
+        if self._window is not None:
+            self._window.expect(pl_module, batch)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Weighs the micro-batch."""
+        if self._window is not None:
+            self._window.weigh(trainer, pl_module, loss)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Normalises the window, before the gradients are clipped."""
+        if self._window is not None:
+            self._window.close(trainer, pl_module, optimizer)
+
+
+def large_batch_of(trainer: Trainer) -> LargeBatch | None:
+    """The LargeBatch callback of a Trainer, or None.
+
+    Raises:
+        ConflictError: there are several.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    found = [callback for callback in callbacks if isinstance(callback, LargeBatch)]
+    if len(found) > 1:
+        raise ConflictError(
+            f"the Trainer has {len(found)} LargeBatch callbacks, which all set the accumulation: keep one."
+        )
+    return found[0] if found else None

@@ -1,0 +1,96 @@
+"""Completes the learning-rate schedule that the user configured, or adds one, now that the Trainer knows its length."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from lightning_lamb.errors import ConflictError
+from lightning_lamb.lightning_seams import (
+    Trainer,
+    add_step_scheduler,
+    scheduler_configs,
+    total_optimizer_steps,
+)
+from lightning_lamb.schedules import StagedWarmup
+
+
+def schedulers_of(trainer: Trainer) -> list[Any]:
+    """The schedulers that the Trainer steps."""
+    return [config.scheduler for config in scheduler_configs(trainer)]
+
+
+def staged_warmup_of(trainer: Trainer) -> StagedWarmup | None:
+    """The StagedWarmup among them, if there is one."""
+    return next((scheduler for scheduler in schedulers_of(trainer) if isinstance(scheduler, StagedWarmup)), None)
+
+
+def needs_total(trainer: Trainer, asks_for_warmup: bool) -> bool:
+    """Whether the length of the training must be known: for a warm-up, or for a StagedWarmup that waits for it."""
+    staged = staged_warmup_of(trainer)
+    return asks_for_warmup or (staged is not None and staged.total_steps is None)
+
+
+def set_interval(trainer: Trainer, interval: Literal["step", "epoch"]) -> list[str]:
+    """Makes every scheduler step per optimizer step, or per epoch; ReduceLROnPlateau keeps its own.
+
+    The stock LightningCLI leaves all at "epoch": an 8-step warm-up would take 8 epochs (Lightning issue #15340).
+    StagedWarmup counts optimizer steps whatever ``interval`` says.
+
+    Returns:
+        The names of the schedulers that were changed.
+    """
+    changed = []
+    for config in scheduler_configs(trainer):
+        wanted = "step" if isinstance(config.scheduler, StagedWarmup) else interval
+        if not config.reduce_on_plateau and (config.interval, config.frequency) != (wanted, 1):
+            config.interval, config.frequency = wanted, 1
+            changed.append(type(config.scheduler).__name__)
+    return changed
+
+
+def fill_total_steps(trainer: Trainer) -> None:
+    """Gives a StagedWarmup without a length the Trainer's.
+
+    Raises:
+        PlanError: the Trainer does not know its length, or the warm-up is longer.
+    """
+    staged = staged_warmup_of(trainer)
+    if staged is not None and staged.total_steps is None:
+        staged.set_total_steps(total_optimizer_steps(trainer))
+
+
+def set_warmup(trainer: Trainer, warmup_steps: int, total_steps: int, **options: Any) -> None:
+    """Gives the Trainer's schedule a warm-up: to a StagedWarmup that has none yet, or by adding one.
+
+    Args:
+        trainer: after its optimizers were made.
+        warmup_steps: optimizer steps of the ramp.
+        total_steps: optimizer steps of the training.
+        **options: of a StagedWarmup that is added.
+
+    Raises:
+        ConflictError: the configured schedule has a warm-up of its own, or cannot take one.
+    """
+    existing = schedulers_of(trainer)
+    if not existing:
+        optimizer = trainer.optimizers[0]
+        scheduler = StagedWarmup(optimizer, total_steps=total_steps, warmup_steps=warmup_steps, **options)
+        add_step_scheduler(trainer, scheduler, name="lr")
+        return
+    staged = staged_warmup_of(trainer)
+    if staged is None:
+        names = ", ".join(type(scheduler).__name__ for scheduler in existing)
+        raise ConflictError(
+            f"LargeBatch was asked for a warm-up, but the schedule is {names}, which it cannot put one before. "
+            "Configure StagedWarmup instead (shape: poly, cosine or constant), or remove the warm-up from LargeBatch."
+        )
+    single = staged.single_stage
+    if staged.total_steps is not None or single.warmup_steps or single.warmup_fraction is not None:
+        raise ConflictError(
+            f"LargeBatch (warm-up of {warmup_steps} steps) and StagedWarmup (total_steps={staged.total_steps}, "
+            f"warmup_steps={single.warmup_steps}, warmup_fraction={single.warmup_fraction}) both set the schedule: "
+            "give the warm-up to one of them, and leave StagedWarmup's total_steps out if it is LargeBatch."
+        )
+    staged.single_stage = dataclasses.replace(single, warmup_steps=warmup_steps)
+    staged.set_total_steps(total_steps)

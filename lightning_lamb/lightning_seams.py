@@ -1,0 +1,245 @@
+"""Every place where this package leans on Lightning's insides, and the choice between its two packages.
+
+``lightning.pytorch`` and ``pytorch_lightning`` are the same code under two names, whose classes do not mix: a module of
+one is refused by the Trainer of the other. This file takes the one that the program already imported, otherwise the one
+that is installed. Attributes without a promise of stability are read and written here and nowhere else; the functions
+say which, and ``tests/lightning/test_seams.py`` fails where a new Lightning changes one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_lamb.errors import MissingDependencyError, PlanError
+
+LIGHTNING_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def load_lightning() -> ModuleType:
+    """Imports the Lightning package that this program uses.
+
+    Returns:
+        ``lightning.pytorch`` or ``pytorch_lightning``: the one imported already (the first, if both are), otherwise the
+        one installed (the first, if both are).
+
+    Raises:
+        MissingDependencyError: neither is installed.
+    """
+    for name in LIGHTNING_PACKAGES:
+        if name in sys.modules:
+            return sys.modules[name]
+    for name in LIGHTNING_PACKAGES:
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:  # noqa: PERF203 - two rounds
+            if error.name not in (name, name.split(".", maxsplit=1)[0]):
+                raise  # installed, but something that it needs is not: that message is the better one
+    raise MissingDependencyError(
+        "LambMixin, LargeBatch, TrustRatioMonitor and LambCLI need Lightning, and neither `lightning` nor "
+        '`pytorch_lightning` is installed: `pip install "lightning_lamb[lightning]"` (or `pip install lightning`). '
+        "Lamb, Lars and StagedWarmup work without it."
+    )
+
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from lightning.pytorch import Callback as Callback  # noqa: PLC0414 - for the other modules
+    from lightning.pytorch import LightningModule as LightningModule  # noqa: PLC0414
+    from lightning.pytorch import Trainer as Trainer  # noqa: PLC0414
+    from lightning.pytorch.utilities.types import LRSchedulerConfig
+else:
+    pl = load_lightning()
+    Callback, LightningModule, Trainer = pl.Callback, pl.LightningModule, pl.Trainer
+    LRSchedulerConfig = importlib.import_module(f"{pl.__name__}.utilities.types").LRSchedulerConfig
+
+_rank_zero = importlib.import_module(f"{pl.__name__}.utilities.rank_zero")
+rank_zero_info = _rank_zero.rank_zero_info
+rank_zero_warn = _rank_zero.rank_zero_warn
+
+
+def load_cli() -> ModuleType:
+    """The Lightning package's ``cli`` module.
+
+    Raises:
+        MissingDependencyError: jsonargparse, which every LightningCLI needs, is not installed.
+    """
+    try:
+        importlib.import_module("jsonargparse")
+    except ModuleNotFoundError as error:
+        raise MissingDependencyError(
+            'LambCLI needs jsonargparse, which is not installed: `pip install "lightning_lamb[cli]"` '
+            '(or `pip install "jsonargparse[signatures]"`).'
+        ) from error
+    return importlib.import_module(f"{pl.__name__}.cli")
+
+
+# ---- what is running here
+
+
+def attached_trainer(module: nn.Module) -> Any:
+    """The Trainer that runs ``module``, or None: in Fabric, or outside any. Reads ``LightningModule._trainer``."""
+    return getattr(module, "_trainer", None)
+
+
+def wrapped_model(trainer: Trainer) -> nn.Module | None:
+    """The module as the strategy wrapped it (DDP, FSDP1), or None before that. Reads ``strategy.model``."""
+    return trainer.strategy.model
+
+
+def data_parallel_size(trainer: Trainer) -> int:
+    """How many ranks see different samples. Under tensor parallelism that is less than the world size."""
+    return int((trainer.distributed_sampler_kwargs or {}).get("num_replicas", 1))
+
+
+def strategy_accumulates(trainer: Trainer) -> bool:
+    """Whether the strategy accumulates by itself (DeepSpeed): then it never steps on a short window."""
+    return bool(trainer.strategy.handles_gradient_accumulation)
+
+
+def sum_over_data_ranks(trainer: Trainer, value: Tensor) -> Tensor:
+    """The sum of a number over the ranks that see different samples. One all-reduce, none on one rank."""
+    if trainer.world_size == 1:
+        return value
+    total: Tensor = trainer.strategy.reduce(value, reduce_op="sum")
+    # Ranks of one tensor-parallel group reported the same samples.
+    return total * (data_parallel_size(trainer) / trainer.world_size)
+
+
+def largest_over_ranks(trainer: Trainer, value: Tensor) -> Tensor:
+    """The largest value of any rank. One all-reduce, none on one rank."""
+    if trainer.world_size == 1:
+        return value
+    largest: Tensor = trainer.strategy.reduce(value, reduce_op="max")
+    return largest
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether what is logged now reaches the loggers. Reads ``_logger_connector`` and ``_should_accumulate``."""
+    return bool(
+        trainer.loggers and not trainer.fit_loop._should_accumulate() and trainer._logger_connector.should_update_logs
+    )
+
+
+# ---- the training data
+
+
+def train_data_source(trainer: Trainer) -> Any:
+    """Who gives the training data: a LightningModule, a LightningDataModule, or the loader handed to ``fit``.
+
+    Reads ``fit_loop._data_source``.
+    """
+    return trainer.fit_loop._data_source.instance
+
+
+def load_train_data(trainer: Trainer) -> list[Any]:
+    """The training dataloaders, as the Trainer will use them; loads them if it has not happened yet.
+
+    Calls ``fit_loop.setup_data()`` and reads ``fit_loop._combined_loader``.
+    """
+    trainer.fit_loop.setup_data()
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
+
+
+def drop_train_data_before_resume(trainer: Trainer) -> None:
+    """Forgets loaders that were made before the checkpoint is restored, so that they are made again after it.
+
+    A loader that exists already does not get its saved position back: Lightning issue #20550. Without a checkpoint the
+    loader is kept. Reads ``_checkpoint_connector._loaded_checkpoint``, writes ``fit_loop._combined_loader``.
+    """
+    resuming = bool(trainer._checkpoint_connector._loaded_checkpoint)
+    if resuming or trainer.strategy.restore_checkpoint_after_setup:  # these strategies read the checkpoint later
+        trainer.fit_loop._combined_loader = None
+
+
+def batches_per_epoch(trainer: Trainer) -> float:
+    """Micro-batches per epoch and rank after all the Trainer's limits; infinite for a dataset without a length."""
+    load_train_data(trainer)
+    return trainer.num_training_batches
+
+
+def steps_per_epoch(trainer: Trainer, batches: float) -> float:
+    """Optimizer steps in ``batches`` micro-batches: a short last window counts, except where the strategy drops it."""
+    if math.isinf(batches):
+        return batches
+    rounded = math.floor if strategy_accumulates(trainer) else math.ceil
+    return max(1, rounded(batches / trainer.accumulate_grad_batches))
+
+
+def total_optimizer_steps(trainer: Trainer) -> int:
+    """How many optimizer steps this ``fit`` will make in all, from ``max_steps``, or from ``max_epochs`` and the data.
+
+    Unlike ``estimated_stepping_batches`` it loads no data where ``max_steps`` alone decides, and what it loads does not
+    cost a resumed run its position in the data (see `drop_train_data_before_resume`).
+
+    Raises:
+        PlanError: training has no end, or the dataset has no length and ``max_steps`` is missing.
+    """
+    max_steps, max_epochs = trainer.max_steps, trainer.max_epochs
+    if max_epochs is None or max_epochs == -1:
+        if max_steps == -1:
+            raise PlanError(
+                "the schedule needs the total number of optimizer steps, and Trainer(max_epochs=-1, max_steps=-1) "
+                "trains without end: set Trainer(max_steps=...), or StagedWarmup(total_steps=...)."
+            )
+        return max_steps
+    per_epoch = steps_per_epoch(trainer, batches_per_epoch(trainer))
+    if math.isinf(per_epoch):
+        if max_steps == -1:
+            raise PlanError(
+                "the schedule needs the total number of optimizer steps, and the training dataset has no length "
+                f"(IterableDataset), so max_epochs={max_epochs} does not tell it: set Trainer(max_steps=...)."
+            )
+        return max_steps
+    total = int(per_epoch) * max_epochs
+    return total if max_steps == -1 else min(total, max_steps)
+
+
+# ---- optimizers and schedulers
+
+
+def scheduler_configs(trainer: Trainer) -> list[LRSchedulerConfig]:
+    """The Trainer's records of its schedulers; ``interval`` in them may be changed before training starts."""
+    return trainer.strategy.lr_scheduler_configs
+
+
+def add_step_scheduler(trainer: Trainer, scheduler: Any, name: str) -> None:
+    """Adds a scheduler that steps after every optimizer step. Appends to ``strategy.lr_scheduler_configs``."""
+    trainer.strategy.lr_scheduler_configs.append(LRSchedulerConfig(scheduler=scheduler, interval="step", name=name))
+
+
+def inner_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside Lightning's wrapper, on which attributes can be read and written."""
+    return getattr(optimizer, "_optimizer", optimizer)
+
+
+# ---- checkpoints
+
+
+def shift_micro_batch_counters(checkpoint: dict[str, Any], saved_accumulation: int, accumulation: int) -> None:
+    """Rewrites a checkpoint's micro-batch counters for another accumulation, so that windows start where they ended.
+
+    After 12 micro-batches at accumulation 4 and on half the ranks, accumulation 8, Lightning must believe that it has
+    seen 24. Only differences of the counters tell Lightning where in a batch it was saved, so all are shifted by the
+    same number. Writes ``loops.fit_loop["epoch_loop.batch_progress"]`` of the checkpoint.
+    """
+    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
+    for part in ("total", "current"):
+        counters = progress.get(part, {})
+        shift = counters.get("ready", 0) * accumulation // saved_accumulation - counters.get("ready", 0)
+        for name in counters:
+            counters[name] += shift
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a LightningModule computes."""
+    device = getattr(module, "device", None)
+    return device if isinstance(device, torch.device) else torch.device("cpu")

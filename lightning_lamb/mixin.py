@@ -1,0 +1,141 @@
+"""`LambMixin`: gives a LightningModule its optimizer, its schedule and exact gradient clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_lamb.callbacks.conflicts import refuse_double_clipping
+from lightning_lamb.callbacks.gradients import clip_by_norm, clip_by_value
+from lightning_lamb.callbacks.large_batch import large_batch_of
+from lightning_lamb.callbacks.windows import report_count
+from lightning_lamb.errors import ConflictError
+from lightning_lamb.lightning_seams import (
+    attached_trainer,
+    inner_optimizer,
+    total_optimizer_steps,
+    wrapped_model,
+)
+from lightning_lamb.optimizers import Lamb, LayerwiseOptimizer
+from lightning_lamb.param_groups import GroupRules, lamb_param_groups
+from lightning_lamb.schedules import StagedWarmup
+from lightning_lamb.sharding.annotate import annotate
+
+
+class LambMixin:
+    """Provides ``configure_optimizers`` and ``configure_gradient_clipping``; put it before LightningModule.
+
+        class MyModel(LambMixin, LightningModule):
+            lamb_lr = 2e-3
+            lamb_options = {"weight_decay": 0.01, "max_grad_norm": 1.0}
+            lamb_group_rules = GroupRules(no_decay_names=["embedding"])
+            lamb_schedule = {"warmup_fraction": 0.1}
+
+    Every attribute may be set on the class or, in ``__init__``, on the instance. The optimizer is built when Lightning
+    asks for it, after the strategy wrapped or sharded the module, so it sees true names and shapes everywhere.
+
+    Attributes:
+        lamb_lr: learning rate; with LargeBatch the one at its base_batch_size.
+        lamb_options: further options of the optimizer, by their names in its signature.
+        lamb_group_rules: which parameters have no weight decay or no trust ratio, by name, type and shape.
+        lamb_schedule: options of a StagedWarmup, stepped per optimizer step, its length filled in from the Trainer;
+            None: no schedule, except the warm-up that LargeBatch is asked for.
+        lamb_optimizer: Lamb, or Lars.
+    """
+
+    lamb_lr: float | Tensor = 1e-3
+    lamb_options: Mapping[str, Any] = MappingProxyType({})
+    lamb_group_rules: GroupRules = GroupRules()
+    lamb_schedule: Mapping[str, Any] | None = None
+    lamb_optimizer: type[LayerwiseOptimizer] = Lamb
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Refuses a class in which LightningModule's own methods would win.
+
+        Raises:
+            ConflictError: LightningModule stands before LambMixin.
+        """
+        super().__init_subclass__(**kwargs)
+        order = list(cls.__mro__)
+        # By name, so that both Lightning packages are known without importing either.
+        modules = [index for index, base in enumerate(order) if base.__name__ == "LightningModule"]
+        if modules and modules[0] < order.index(LambMixin):
+            written = ", ".join(base.__name__ for base in cls.__bases__)
+            right = sorted(cls.__bases__, key=lambda base: not issubclass(base, LambMixin))
+            raise ConflictError(
+                f"class {cls.__name__}({written}): LightningModule comes before LambMixin, so its empty "
+                f"configure_optimizers would win. Write class {cls.__name__}({', '.join(b.__name__ for b in right)})."
+            )
+
+    # ---- optimizer and schedule
+
+    def lamb_param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups of the optimizer. Override it to group by rules of your own.
+
+        Called when the module is wrapped and sharded; ``lightning_lamb.sharding.true_shape`` tells shapes then.
+        """
+        default = 0.01
+        return lamb_param_groups(
+            self,  # type: ignore[arg-type]
+            weight_decay=self.lamb_options.get("weight_decay", default),
+            rules=self.lamb_group_rules,
+        )
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer, and the scheduler stepped per optimizer step if there is one.
+
+        Raises:
+            ConflictError: gradients would be clipped by the Trainer and by the optimizer.
+        """
+        trainer = attached_trainer(self)  # type: ignore[arg-type]
+        if trainer is not None:
+            annotate(wrapped_model(trainer) or self)  # type: ignore[arg-type]
+        annotate(self)  # type: ignore[arg-type]
+        optimizer = self.lamb_optimizer(self.lamb_param_groups(), lr=self.lamb_lr, **self.lamb_options)  # type: ignore[call-arg]
+        if trainer is not None:
+            refuse_double_clipping(trainer, [optimizer])
+        if self.lamb_schedule is None:
+            return optimizer
+        scheduler = StagedWarmup(optimizer, **self.lamb_schedule)
+        if scheduler.total_steps is None and trainer is not None and large_batch_of(trainer) is None:
+            scheduler.set_total_steps(total_optimizer_steps(trainer))  # LargeBatch does it itself, and adds its warm-up
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    # ---- clipping
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as ``Trainer(gradient_clip_val=...)`` asks, with the norm over all shards of all layers.
+
+        Works under FSDP1 and under FSDP2 with tensor parallelism, where Lightning refuses. One all-reduce of one number
+        per process group of shards; no host synchronisation.
+
+        Args:
+            optimizer: its gradients are modified in place.
+            gradient_clip_val: the bound; None or 0 does not clip.
+            gradient_clip_algorithm: "norm" (also None) or "value".
+        """
+        optimizer = inner_optimizer(optimizer)
+        if not hasattr(optimizer, "global_grad_norm"):  # configure_optimizers was overridden with another optimizer
+            super().configure_gradient_clipping(  # type: ignore[misc]
+                optimizer, gradient_clip_val=gradient_clip_val, gradient_clip_algorithm=gradient_clip_algorithm
+            )
+        elif gradient_clip_val:
+            if str(getattr(gradient_clip_algorithm, "value", gradient_clip_algorithm)) == "value":
+                clip_by_value(optimizer, gradient_clip_val)
+            else:
+                clip_by_norm(optimizer, gradient_clip_val)
+
+    # ---- accumulation
+
+    def report_count(self, count: float | Tensor) -> None:
+        """Tells LargeBatch what this ``training_step``'s loss is averaged over; see `lightning_lamb.report_count`."""
+        report_count(self, count)  # type: ignore[arg-type]

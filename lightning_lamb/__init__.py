@@ -16,6 +16,7 @@ from lightning_lamb.schedules import StagedWarmup
 
 if TYPE_CHECKING:
     from lightning_lamb.callbacks import LargeBatch, TrustRatioMonitor
+    from lightning_lamb.callbacks.windows import report_count
     from lightning_lamb.cli import LambCLI
     from lightning_lamb.mixin import LambMixin
     from lightning_lamb.param_groups import GroupRules, lamb_param_groups
@@ -34,6 +35,7 @@ __all__ = [
     "lamb_param_groups",
     "make_plan",
     "plan_from_recipe",
+    "report_count",
 ]
 
 _HOME_OF_LAZY_NAME = {
@@ -45,6 +47,7 @@ _HOME_OF_LAZY_NAME = {
     "lamb_param_groups": "lightning_lamb.param_groups",
     "make_plan": "lightning_lamb.plan",
     "plan_from_recipe": "lightning_lamb.plan",
+    "report_count": "lightning_lamb.callbacks.windows",
 }
 
 

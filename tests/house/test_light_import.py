@@ -56,7 +56,7 @@ def test_every_public_name_exists(name: str):
 
 
 def test_the_front_door_has_at_most_12_names():
-    assert len(lightning_lamb.__all__) <= 12
+    assert len([name for name in lightning_lamb.__all__ if not name.startswith("__")]) <= 12
 
 
 def test_an_unknown_name_is_an_attribute_error():

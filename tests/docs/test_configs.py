@@ -1,0 +1,42 @@
+"""Every YAML in configs/ fits the classes it names, and survives being printed and read again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+def printed_config(config: Path) -> str:
+    command = [sys.executable, str(ROOT / "examples/digits/train.py"), "fit", "--config", str(config), "--print_config"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+    return result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_a_config_fits_the_real_signatures_and_round_trips(config: Path, tmp_path: Path):
+    printed = printed_config(config)
+    (tmp_path / "printed.yaml").write_text(printed, encoding="utf-8")
+    assert printed_config(tmp_path / "printed.yaml") == printed
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
+def test_a_config_says_how_to_run_it(config: Path):
+    text = config.read_text(encoding="utf-8")
+    assert isinstance(yaml.safe_load(text), dict)
+    assert text.startswith("#")
+    assert f"configs/{config.name}" in text
+
+
+def test_there_are_configs():
+    assert CONFIGS

@@ -7,8 +7,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from lightning_lamb import equations
 from lightning_lamb.errors import UnsupportedGradientError
+from lightning_lamb.kernels.statistics import statistics
 from lightning_lamb.optimizers.plan import LayerPlan, Slot
 from lightning_lamb.sharding import aligned_gradient
 
@@ -69,14 +69,7 @@ def square_norm(plan: LayerPlan, max_grad_value: Optional[float] = None) -> Opti
         grads = [local_gradient(slot) for slot in slots]
         if max_grad_value is not None:
             grads = [None if grad is None else grad.clamp(-max_grad_value, max_grad_value) for grad in grads]
-        part = reduction.total(_squares(grads, slots[0].device))
+        empty = torch.empty(0, device=slots[0].device)
+        part = reduction.total(statistics([empty if grad is None else grad for grad in grads], "l2"))
         total = part if total is None else total + part.to(total.device)
     return total
-
-
-def _squares(grads: list[Optional[Tensor]], device: torch.device) -> Tensor:
-    wide = equations.statistic_dtype(device)
-    filled = [grad for grad in grads if grad is not None and grad.numel()]
-    norms = iter(torch._foreach_norm(filled, 2.0, dtype=wide) if filled else [])
-    zero = torch.zeros((), dtype=wide, device=device)
-    return torch.stack([next(norms) if grad is not None and grad.numel() else zero for grad in grads]).square()

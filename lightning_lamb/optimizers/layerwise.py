@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_lamb import equations
-from lightning_lamb.equations import Coefficients, Scalar
+from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
 from lightning_lamb.errors import InvalidOptionError, UnknownShardError
 from lightning_lamb.kernels import Batch, Kernel
 from lightning_lamb.optimizers import gradients, state
@@ -156,7 +156,7 @@ class LayerwiseOptimizer(Optimizer):
         if not group["capturable"]:
             step = float(step)
         else:
-            step = step.to(equations.statistic_dtype(step.device))
+            step = step.to(statistic_dtype(step.device))
         return step, self.coefficients(step, group)
 
     def count_step(self, parameter: Tensor) -> None:
@@ -166,22 +166,24 @@ class LayerwiseOptimizer(Optimizer):
 
     def _advance(self, ready: Sequence[Slot]) -> dict[int, Coefficients]:
         """Counts this step, once per parameter; returns its coefficients by id of the parameter."""
+        parameters = {id(slot.parameter): slot for slot in ready}
+        states = [self._state_of(slot.parameter) for slot in parameters.values()]
+        tensors = [found["step"] for found in states if isinstance(found["step"], Tensor)]
+        if tensors:
+            torch._foreach_add_(tensors, 1)
         coefficients: dict[int, Coefficients] = {}
         known: dict[Any, Coefficients] = {}
-        for slot in ready:
-            if id(slot.parameter) in coefficients:
-                continue
-            self._state_of(slot.parameter)
-            self.count_step(slot.parameter)
-            group = self.param_groups[slot.group]
-            step = self.state[slot.parameter]["step"]
+        for slot, found in zip(parameters.values(), states):
+            group, step = self.param_groups[slot.group], found["step"]
+            if not isinstance(step, Tensor):  # an int under DeepSpeed, whose loaders share one tensor between states
+                step = found["step"] = step + 1
             if group["capturable"]:
-                found = self.coefficients(step.to(equations.statistic_dtype(step.device)), group)
-            else:
-                key = (slot.group, float(step))
-                found = known[key] if key in known else self.coefficients(key[1], group)
-                known[key] = found
-            coefficients[id(slot.parameter)] = found
+                coefficients[id(slot.parameter)] = self.coefficients(step.to(statistic_dtype(step.device)), group)
+                continue
+            key = (slot.group, float(step))
+            if key not in known:
+                known[key] = self.coefficients(key[1], group)
+            coefficients[id(slot.parameter)] = known[key]
         return coefficients
 
     def _state_of(self, parameter: Tensor) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from lightning_lamb.callbacks.micro_batch import (
 from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.callbacks.summary import DerivedBatch, describe
 from lightning_lamb.callbacks.windows import WindowMean
+from lightning_lamb.checks import one_of, whole_number
 from lightning_lamb.errors import BatchSizeError, ConflictError, PlanError
 from lightning_lamb.lightning_seams import (
     Callback,
@@ -95,7 +96,10 @@ class LargeBatch(Callback):
         self.rules = BatchRules.of(
             global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling, recipe
         )
-        self.micro_batch_size = micro_batch_size
+        self.micro_batch_size = None if micro_batch_size is None else whole_number("micro_batch_size", micro_batch_size)
+        one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+        one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
+        one_of("on_plan_change", on_plan_change, ("error", "adopt"))
         self.exact_windows = exact_windows
         self.loss_reduction = loss_reduction
         self.scheduler_interval = scheduler_interval

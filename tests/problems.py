@@ -36,6 +36,7 @@ def layer_weights(seed: int = 0) -> dict[str, np.ndarray]:
     weights = {name: draw.standard_normal(shape) for name, shape in LAYER_SHAPES.items()}
     weights["zero_init"] = np.zeros(LAYER_SHAPES["zero_init"])
     weights["large"] *= 100.0
+    weights["scalar"] = np.array(3.0)  # far enough from 0 not to pass it in 50 steps, where float32 has nothing to hold
     return {name: np.asarray(weight) for name, weight in weights.items()}
 
 
@@ -95,6 +96,7 @@ def walk_together(
     base = [float(group["lr"]) for group in optimizer.param_groups]
     reference_base = {name: options["lr"] for name, options in reference.options.items()}
     dtype = next(iter(parameters.values())).dtype
+    ratios = "float32 ratio" if tolerance == "float32" else tolerance
     for step, grads in enumerate(layer_gradients(steps, dtype, seed)):
         set_gradients(parameters, grads)
         for group, lr in zip(optimizer.param_groups, base, strict=True):
@@ -104,15 +106,15 @@ def walk_together(
         optimizer.step()
         reference.step({k: None if g is None else g.double().numpy() for k, g in grads.items()})
         if step % 10 in (0, 1):
-            assert_close(optimizer.trust_ratios, reference.trust_ratios, tolerance, f"ratio at step {step}")
+            assert_close(optimizer.trust_ratios, reference.trust_ratios, ratios, f"ratio at step {step}")
     for group, lr in zip(optimizer.param_groups, base, strict=True):
         group["lr"] = lr
     for name, lr in reference_base.items():
         reference.options[name]["lr"] = lr
     assert_close(parameters, reference.weights, tolerance, "weight")
-    assert_close(optimizer.trust_ratios, reference.trust_ratios, tolerance, "ratio")
+    assert_close(optimizer.trust_ratios, reference.trust_ratios, ratios, "ratio")
     assert_close(optimizer.weight_norms, reference.weight_norms, tolerance, "weight norm")
-    assert_close(optimizer.update_norms, reference.update_norms, tolerance, "update norm")
+    assert_close(optimizer.update_norms, reference.update_norms, ratios, "update norm")
     for name, state in reference.state.items():
         for key, value in state.items():
             assert_close(optimizer.state[parameters[name]][key], value, tolerance, f"{key} of {name}")

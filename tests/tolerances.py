@@ -26,6 +26,7 @@ TOLERANCE = {
     "bitwise": Tolerance(0.0, "the same operations in the same order, or no operation at all"),
     "float64": Tolerance(1e-12, "50 steps of about 20 roundings of 1.1e-16 each, in any order of summation"),
     "float32": Tolerance(1e-6, "50 steps of lr <= 0.01 that each carry a few roundings of 6e-8, plus the weight's own"),
+    "float32 ratio": Tolerance(1e-5, "opposing gradients cancel in ||u||; what is left carries their rounding"),
     "compiled": Tolerance(1e-6, "Inductor contracts a*b+c into one rounding and reorders sums; float32 otherwise"),
     "sharded": Tolerance(2e-6, "float32 partial norms summed in the order of ranks instead of one sweep"),
     "bf16 weight": Tolerance(2**-8, "the fp32 master rounded once to 8 significant bits: half an ulp is 2^-8"),

@@ -1,4 +1,4 @@
-"""bf16 and fp16 parameters: fp32 master weights and moments in the state, so small updates arrive and resume is exact."""
+"""bf16 and fp16 parameters: fp32 masters and moments in the state, so small updates arrive and resume is exact."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_resume_is_bitwise_whichever_of_model_and_optimizer_is_loaded_first(opti
 @FORMS
 @OPTIMIZERS
 @HALVES
-@pytest.mark.parametrize("how", ["copy_ under no_grad", "data", "load_state_dict"])
+@pytest.mark.parametrize("how", ["copy_ under no_grad", "data.copy_", "data", "load_state_dict"])
 def test_weights_changed_outside_win_over_the_stale_master(optimizer_class, dtype, how, foreach):
     model = nn.Linear(6, 6).to(dtype)
     optimizer = optimizer_class(model.named_parameters(), lr=1e-3, foreach=foreach)
@@ -130,6 +130,8 @@ def test_weights_changed_outside_win_over_the_stale_master(optimizer_class, dtyp
     if how == "copy_ under no_grad":
         with torch.no_grad():
             model.weight.copy_(new)
+    elif how == "data.copy_":  # leaves the version counter as it was
+        model.weight.data.copy_(new)
     elif how == "data":
         model.weight.data = new.clone()
     else:

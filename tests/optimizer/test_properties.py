@@ -20,11 +20,11 @@ FORMS = st.booleans()
 
 def run(optimizer_class, weight, grads, **options):
     """The weights after each step, in float64, as a list of arrays."""
-    parameter = nn.Parameter(torch.as_tensor(weight))
+    parameter = nn.Parameter(torch.tensor(weight))
     optimizer = optimizer_class([("w", parameter)], **options)
     history = []
     for grad in grads:
-        parameter.grad = torch.as_tensor(grad)
+        parameter.grad = torch.tensor(grad)
         optimizer.step()
         history.append(to_numpy(parameter))
     return history

@@ -99,7 +99,7 @@ def one_of(option: str, value: Any, choices: Iterable[str]) -> str:
 
 def did_you_mean(name: Any, names: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the nearest of ``names``, or nothing."""
-    nearest = difflib.get_close_matches(str(name), list(names), n=1)
+    nearest = difflib.get_close_matches(str(name).lower(), list(names), n=1)
     return f" Did you mean {nearest[0]!r}?" if nearest else ""
 
 

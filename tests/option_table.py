@@ -45,7 +45,7 @@ LAMB: dict[str, Options] = LAYERWISE | {
     "NN-LAMB": {"nesterov": "both"},
     "N-LAMB without correction": {"nesterov": "first", "bias_correction": False},
     "NN-LAMB without correction": {"nesterov": "both", "bias_correction": False},
-    # Not linf: with a constant phi its largest element takes the same step each time, and float32 rounds it the same way.
+    # Not linf: with a constant phi its largest element takes equal steps, which float32 rounds the same way each time.
     "NN-LAMB, l1, bounded, clipped, maximize": {
         "nesterov": "both", "norm": "l1", "weight_norm_bounds": (0.1, 500.0), "max_grad_norm": 1.0, "maximize": True,
     },

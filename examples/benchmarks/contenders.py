@@ -67,10 +67,10 @@ def _ours(params: list[Tensor], **options: Any) -> Optimizer:
 
 
 def _timm(params: list[Tensor], **options: Any) -> Optimizer:
-    return _timm_lamb_class()(params, max_grad_norm=None, **SETTINGS, **options)
+    return timm_lamb_class()(params, max_grad_norm=None, **SETTINGS, **options)
 
 
-def _timm_lamb_class() -> type[Optimizer]:
+def timm_lamb_class() -> type[Optimizer]:
     """The Lamb of timm, also where ``import timm`` fails for want of torchvision: its optimizers do without."""
     try:
         return importlib.import_module("timm.optim.lamb").Lamb

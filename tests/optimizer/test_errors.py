@@ -133,6 +133,14 @@ def test_misspelled_option_is_refused(optimizer_class):
         )
 
 
+@pytest.mark.parametrize("optimizer_class", [Lamb, Lars])
+def test_fused_on_a_parameter_that_has_no_fused_kernel_is_refused_not_ignored(optimizer_class):
+    weight = nn.Parameter(torch.ones(2, 2, device="meta"))  # no kernel can ever run here
+    weight.grad = torch.ones(2, 2, device="meta")
+    with pytest.raises(LightningLambError, match="fused"):
+        optimizer_class([weight], fused=True).step()
+
+
 @pytest.mark.parametrize("value", [torch.tensor([0.1, 0.2]), torch.tensor([])])
 def test_learning_rate_tensor_with_several_elements_is_refused(value):
     with pytest.raises(InvalidOptionError, match="lr"):

@@ -1,0 +1,87 @@
+"""Layers above the size at which the multi-tensor kernel cuts them into tiles, or batches are cut in two."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from option_table import LAMB, LARS
+from problems import as_parameters, layer_weights, named, walk_together
+from reference import ReferenceLamb, ReferenceLars, layer_norm
+from tolerances import assert_close, to_numpy
+from torch import nn
+
+from lightning_lamb import Lamb, Lars
+from lightning_lamb.kernels import foreach, statistics
+from lightning_lamb.optimizers import batches
+
+FORMS = pytest.mark.parametrize("use_foreach", [False, True], ids=["eager", "foreach"])
+SIZE = 600  # 600 x 600 elements are more than one tile
+
+
+@pytest.fixture
+def tiny_tiles(monkeypatch):
+    """Every layer of more than 4 elements is cut, the last tile being shorter; batches hold one or two layers."""
+    monkeypatch.setattr(foreach, "TILE", 4)
+    monkeypatch.setattr(statistics, "TILE", 3)
+    monkeypatch.setattr(batches, "WHOLE_BATCH_BYTES", {"cpu": 200})
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("case", LAMB)
+def test_lamb_in_tiles_equals_reference_to_1e_12(case):
+    weights = layer_weights()
+    parameters = as_parameters(weights, torch.float64)
+    optimizer = Lamb(named(parameters), lr=1.0, foreach=True, **LAMB[case])
+    walk_together(optimizer, parameters, ReferenceLamb(weights, lr=1.0, **LAMB[case]), "float64", steps=12)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("case", LARS)
+def test_lars_in_tiles_equals_reference_to_1e_12(case):
+    weights = layer_weights()
+    parameters = as_parameters(weights, torch.float64)
+    optimizer = Lars(named(parameters), lr=1.0, foreach=True, **LARS[case])
+    walk_together(optimizer, parameters, ReferenceLars(weights, lr=1.0, **LARS[case]), "float64", steps=12)
+
+
+def large_parameters(dtype):
+    """A plain, a transposed and a channels_last layer above the tile size, and a small one between them."""
+    torch.manual_seed(5)
+    return {
+        "plain": nn.Parameter(torch.randn(SIZE, SIZE, dtype=dtype)),
+        "small": nn.Parameter(torch.randn(3, 3, dtype=dtype)),
+        "transposed": nn.Parameter(torch.randn(SIZE, SIZE + 1, dtype=dtype).t()),
+        "image": nn.Parameter(torch.randn(64, 64, 9, 9, dtype=dtype).contiguous(memory_format=torch.channels_last)),
+        "gapped": nn.Parameter(torch.randn(SIZE, SIZE + 8, dtype=dtype)[:, :SIZE]),  # not dense: rows have gaps
+    }
+
+
+@FORMS
+@pytest.mark.parametrize("norm", ["l2", "l1", "linf"])
+def test_large_layers_of_every_memory_format_equal_reference(norm, use_foreach):
+    parameters = large_parameters(torch.float64)
+    weights = {name: to_numpy(p) for name, p in parameters.items()}
+    optimizer = Lamb(named(parameters), lr=0.01, norm=norm, foreach=use_foreach, max_grad_norm=10.0)
+    reference = ReferenceLamb(weights, lr=0.01, norm=norm, max_grad_norm=10.0)
+    for step in range(3):
+        for index, parameter in enumerate(parameters.values()):
+            grad = torch.randn(parameter.shape, dtype=torch.float64)
+            # autograd may deliver a gradient with other strides than the weight has
+            parameter.grad = torch.empty_like(parameter).copy_(grad) if (step + index) % 2 else grad
+        reference.step({name: to_numpy(p.grad) for name, p in parameters.items()})
+        optimizer.step()
+    assert_close(parameters, reference.weights, "float64")
+    assert_close(optimizer.trust_ratios, reference.trust_ratios, "float64")
+
+
+@FORMS
+def test_norm_of_millions_of_float32_elements_is_right_to_1e_6(use_foreach):
+    """torch adds float32 squares one after the other on a CPU: its norm of 23 million elements is off by 1e-3."""
+    torch.manual_seed(5)
+    weight = nn.Parameter(torch.rand(2048, 2048) + 0.5)
+    weight.grad = torch.rand(2048, 2048) + 0.5
+    expected = layer_norm(to_numpy(weight), "l2"), layer_norm(to_numpy(weight.grad), "l2")
+    optimizer = Lamb([("w", weight)], foreach=use_foreach, max_grad_norm=1.0)
+    optimizer.step()
+    assert_close(optimizer.weight_norms["w"], expected[0], "float32")
+    assert_close(optimizer.grad_norm, expected[1], "float32")

@@ -196,12 +196,14 @@ def test_nan_gradient_spoils_only_its_own_layer_and_is_visible(foreach):
     assert optimizer.update_norms["bad"].isnan()
 
 
-def test_norms_of_huge_and_tiny_layers_neither_overflow_nor_vanish():
+@FORMS
+@pytest.mark.parametrize("size", [8, 600], ids=["small", "in tiles"])
+def test_norms_of_huge_and_tiny_layers_neither_overflow_nor_vanish(size, foreach):
     """A float32 sum of squares overflows from |w| = 2e19 and is zero below 1e-23."""
     for scale in (1e25, 1e-30):
-        weight = nn.Parameter(torch.full((8, 8), scale))
-        optimizer = Lamb([("w", weight)], lr=0.1, weight_decay=0.0)
-        weight.grad = torch.ones(8, 8)
+        weight = nn.Parameter(torch.full((size, size), scale))
+        optimizer = Lamb([("w", weight)], lr=0.1, weight_decay=0.0, foreach=foreach)
+        weight.grad = torch.ones(size, size)
         optimizer.step()
-        assert_close(optimizer.weight_norms["w"], 8 * scale, "float32")
-        assert_close(weight, np.full((8, 8), 0.9 * scale), "float32")
+        assert_close(optimizer.weight_norms["w"], size * scale, "float32")
+        assert_close(weight, np.full((size, size), 0.9 * scale), "float32")

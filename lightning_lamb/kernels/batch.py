@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Optional, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Optional, Protocol, Union
 
 from torch import Tensor
 
-from lightning_lamb.equations import Coefficients, NormKind, Scalar
+from lightning_lamb.equations import Bounds, Coefficients, NormKind, Scalar
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,9 @@ class Batch:
         moments2: second moments, likewise; empty for "momentum".
         coefficients: this step's, per piece.
         grad_scale: what gradients are multiplied by (the clip coefficient), a 0-dim tensor, or None.
+        parameters: the half-precision parameters whose masters ``weights`` are, or empty. `direction` takes over from
+            them what somebody else changed, `apply` writes them (see `masters`).
+        seeds: of the stochastic rounding of bfloat16 moments, 32 bits per piece; empty for moments in full precision.
         updates: the update directions, from `direction` to `apply`; a kernel that recomputes them leaves it empty.
     """
 
@@ -61,7 +65,21 @@ class Batch:
     moments2: list[Tensor]
     coefficients: list[Coefficients]
     grad_scale: Optional[Tensor] = None
+    parameters: list[Tensor] = field(default_factory=list)
+    seeds: list[int] = field(default_factory=list)
     updates: Optional[list[Tensor]] = None
+
+
+class Norms(NamedTuple):
+    """What a step found out about its layers, (pieces,) each: ``||w||`` before the step, ``||u||``, and the ratio."""
+
+    weights: Tensor
+    updates: Tensor
+    ratios: Tensor
+
+
+StepSizes = Union[Tensor, Sequence[Scalar]]
+"""Per piece, learning rate times trust ratio: a (pieces,) tensor, or floats and 0-dim tensors."""
 
 
 class Kernel(Protocol):
@@ -76,11 +94,27 @@ class Kernel(Protocol):
         """
         ...
 
-    def apply(self, batch: Batch, step_sizes: list[Scalar]) -> None:
+    def apply(self, batch: Batch, step_sizes: StepSizes) -> None:
         """``w = w - step_size*u`` for each piece, in place.
 
         Args:
             batch: as given to `direction`.
-            step_sizes: learning rate times trust ratio, per piece; a float or a 0-dim tensor.
+            step_sizes: learning rate times trust ratio.
+        """
+        ...
+
+    def step(
+        self, batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds
+    ) -> Optional[Norms]:
+        """Both passes of whole layers: `direction`, trust ratio, `apply`.
+
+        Args:
+            batch: of layers that no other rank has a piece of.
+            scales: per layer, what the trust ratio is multiplied by: the learning rate, corrected.
+            weight_norm_bounds: see `equations.trust_ratio`.
+            trust_ratio_bounds: see `equations.trust_ratio`.
+
+        Returns:
+            None where ``options.adapt`` is False.
         """
         ...

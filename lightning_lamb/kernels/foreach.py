@@ -26,7 +26,7 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     large = [index for index, weight in enumerate(batch.weights) if weight.device.type == "cpu" and weight.numel() > TILE]
     if not large:
         return _direction(batch)
-    weight_statistics, update_statistics, updates = [], [], []
+    weight_statistics, update_statistics, updates, factors = [], [], [], []
     for index in range(len(batch.weights)):
         part = _one(batch, index)
         tiles = _tiles(part) if index in large else None
@@ -34,16 +34,16 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
         weight_statistics.append(found[0])
         update_statistics.append(found[1])
         updates += part.updates or []
-    batch.updates = updates
+        factors.append(_common_factor(part))
+    batch.updates, batch.factors = updates, factors
     return torch.cat(weight_statistics), torch.cat(update_statistics)
 
 
 def apply(batch: Batch, step_sizes: list[Scalar]) -> None:
     """See `kernels.batch.Kernel.apply`."""
     assert batch.updates is not None, "direction() comes before apply()"
-    factor = _common_factor(batch)
-    if factor != 1.0:
-        step_sizes = [size * factor for size in step_sizes]
+    factors = batch.factors or [_common_factor(batch)] * len(step_sizes)
+    step_sizes = [size * factor for size, factor in zip(step_sizes, factors)]
     first = step_sizes[0]
     if isinstance(first, Tensor):
         scales = torch.stack([torch.as_tensor(size) for size in step_sizes]).to(batch.weights[0])
@@ -187,6 +187,6 @@ def _update_statistics(batch: Batch) -> Tensor:
 def _plain_and_alike(at: list[Coefficients]) -> bool:
     """Whether all pieces are at the same step, known on the host, of an update without a gradient term."""
     first = at[0]
-    if isinstance(first.moment1, Tensor) or first.grad != 0 or first.grad_square != 0:
+    if any(isinstance(value, Tensor) for value in first) or first.grad != 0 or first.grad_square != 0:
         return False
     return all(coefficients is first or coefficients == first for coefficients in at)

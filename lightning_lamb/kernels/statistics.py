@@ -1,7 +1,7 @@
 """Partial norms that are accurate: torch's own float32 norm of 23 million elements is off by 1e-3 on a CPU.
 
-It adds them up in float32. Here each tile of a few thousand elements is summed in float32 and the tiles in float64,
-which costs a quarter more time than the inaccurate norm and is right to 2e-7.
+It adds them up one after another in float32. Here small tensors are summed in float64, and large ones in tiles by
+``sum``, which adds pairwise: right to 2e-8 whatever the values are, in about twice the time of the inaccurate norm.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from lightning_lamb.equations import NormKind, statistic_dtype
+from lightning_lamb.equations import NormKind, norm_statistic, statistic_dtype
 
 TILE = 1 << 16
-"""Elements of one tile. Five float32 tiles (weight, gradient, two moments, update) fit a CPU's second-level cache."""
+"""Elements of one tile: its square is a temporary that stays in the cache."""
+
+_SMALL = 1 << 14
+"""Up to here float64 costs nothing."""
 
 _ORDER = {"l2": 2.0, "l1": 1.0, "linf": float("inf")}
 
@@ -28,40 +31,30 @@ def statistics(tensors: Sequence[Tensor], norm: NormKind) -> Tensor:
         norm: which norm.
 
     Returns:
-        (n,) tensor on that device.
+        (n,) tensor on that device, in `equations.statistic_dtype`.
     """
     device = tensors[0].device
     wide = statistic_dtype(device)
-    parts = [tiles(tensor) for tensor in tensors]
-    pieces = [piece for part in parts for piece in part]
-    if not pieces:
-        return torch.zeros(len(tensors), dtype=wide, device=device)
-    values = torch.stack(torch._foreach_norm(pieces, _ORDER[norm])).to(wide)
-    if norm == "l2":
-        values = values.square()
-    if all(len(part) == 1 for part in parts):
-        return values
-    return torch.stack([combined(value, norm) for value in values.split([len(part) for part in parts])])
+    large = [device.type == "cpu" and tensor.numel() > _SMALL for tensor in tensors]
+    small = [tensor for tensor, is_large in zip(tensors, large) if tensor.numel() and not is_large]
+    # GPUs add in a tree: float32 is accurate there, and float64 can be slow.
+    dtype = torch.float32 if device.type != "cpu" and small and small[0].dtype != torch.float64 else wide
+    norms = iter(torch._foreach_norm(small, _ORDER[norm], dtype=dtype) if small else [])
+    zero = torch.zeros((), dtype=wide, device=device)
+    found = []
+    for tensor, is_large in zip(tensors, large):
+        if is_large:
+            found.append(_large_statistic(tensor, norm))
+        else:
+            value = next(norms) if tensor.numel() else zero
+            found.append(value.square() if norm == "l2" and dtype == wide else value)
+    values = torch.stack([value.to(wide) for value in found])
+    return values.square() if norm == "l2" and dtype != wide else values
 
 
 def combined(values: Tensor, norm: NormKind) -> Tensor:
     """The statistic of a whole from the (n,) statistics of its parts; 0 of none."""
-    if norm == "linf":
-        return values.max() if len(values) else values.sum()
-    return values.sum()
-
-
-def tiles(tensor: Tensor) -> Sequence[Tensor]:
-    """Cuts a tensor into pieces that are summed accurately in their own precision; none for an empty tensor.
-
-    GPUs add in a tree and need no cut.
-    """
-    if tensor.numel() == 0:
-        return ()
-    if tensor.device.type != "cpu" or tensor.numel() <= TILE:
-        return (tensor,)
-    flat = flattened(tensor)
-    return (tensor.double(),) if flat is None else flat.split(TILE)
+    return values.max() if norm == "linf" and len(values) else values.sum()
 
 
 def flattened(tensor: Tensor) -> Optional[Tensor]:
@@ -71,3 +64,18 @@ def flattened(tensor: Tensor) -> Optional[Tensor]:
     if torch.ops.aten.is_non_overlapping_and_dense(tensor):
         return tensor.as_strided((tensor.numel(),), (1,))
     return None
+
+
+def _large_statistic(tensor: Tensor, norm: NormKind) -> Tensor:
+    """The statistic of a large tensor on a CPU, summed pairwise tile by tile."""
+    flat = flattened(tensor)
+    if flat is None or norm == "linf" or tensor.dtype != torch.float32:
+        return norm_statistic(tensor, norm)
+    parts = [tile.abs().sum() if norm == "l1" else (tile * tile).sum() for tile in flat.split(TILE)]
+    values = torch.stack(parts)
+    # Squares overflow above 1e19 and lose digits below 1e-19: those few tiles are worth float64.
+    doubtful = ((values > 1e30) | (values < 1e-25)).nonzero().flatten().tolist() if norm == "l2" else []
+    values = values.double()
+    for index in doubtful:
+        values[index] = norm_statistic(flat[index * TILE : (index + 1) * TILE], norm)
+    return values.sum()

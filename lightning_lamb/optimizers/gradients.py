@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Optional
 
 import torch
@@ -10,14 +12,15 @@ from torch import Tensor
 from lightning_lamb.errors import UnsupportedGradientError
 from lightning_lamb.kernels.statistics import statistics
 from lightning_lamb.optimizers.plan import LayerPlan, Slot
-from lightning_lamb.sharding import aligned_gradient
+from lightning_lamb.sharding import completed_gradients, refuse_plain_gradient
 
 
 def check(plan: LayerPlan) -> None:
-    """Refuses sparse and complex gradients before anything is updated.
+    """Refuses gradients that cannot be used, before anything is updated.
 
     Raises:
-        UnsupportedGradientError: naming the parameter.
+        UnsupportedGradientError: a sparse or complex one, naming the parameter.
+        UnknownShardError: a plain one on a DTensor parameter.
     """
     for slot in plan.slots:
         grad = slot.parameter.grad
@@ -30,6 +33,7 @@ def check(plan: LayerPlan) -> None:
             )
         if grad.is_complex():
             refuse_complex(slot.piece.layer.name)
+        refuse_plain_gradient(slot.parameter, grad, slot.piece.layer.name)
 
 
 def refuse_complex(name: str) -> None:
@@ -49,27 +53,47 @@ def local_gradient(slot: Slot) -> Optional[Tensor]:
     grad = slot.parameter.grad
     if grad is None:
         return None
-    return slot.piece.view(aligned_gradient(slot.parameter, grad, slot.piece.layer.name))
+    return slot.piece.view(slot.completed.get(id(slot.parameter), grad))
 
 
-def square_norm(plan: LayerPlan, max_grad_value: Optional[float] = None) -> Optional[Tensor]:
+@contextlib.contextmanager
+def completed(plan: LayerPlan) -> Iterator[None]:
+    """While it is open, `local_gradient` gives sums where tensor parallelism left gradients as partial sums.
+
+    Communication: none without such gradients, else see `sharding.completed_gradients`. Re-entrant.
+    """
+    if plan.completed or not plan.dtensors:
+        yield
+        return
+    plan.completed.update(completed_gradients(plan.dtensors))
+    try:
+        yield
+    finally:
+        plan.completed.clear()
+
+
+def square_norm(plan: LayerPlan, max_grad_values: Sequence[Optional[float]]) -> Optional[Tensor]:
     """The sum of squares of all gradients over all layers and ranks, each element once.
 
     Communication: one all-reduce of one number per process group that holds pieces of layers.
 
     Args:
         plan: of the optimizer.
-        max_grad_value: bound applied to each element first, as the step does.
+        max_grad_values: per parameter group, the bound applied to each element first, as the step does; or None.
 
     Returns:
         0-dim tensor; None if there is no parameter at all.
     """
     total: Optional[Tensor] = None
     for slots, reduction in plan.global_norms().values():
-        grads = [local_gradient(slot) for slot in slots]
-        if max_grad_value is not None:
-            grads = [None if grad is None else grad.clamp(-max_grad_value, max_grad_value) for grad in grads]
         empty = torch.empty(0, device=slots[0].device)
-        part = reduction.total(statistics([empty if grad is None else grad for grad in grads], "l2"))
+        grads = [_bounded(local_gradient(slot), max_grad_values[slot.group], empty) for slot in slots]
+        part = reduction.total(statistics(grads, "l2"))
         total = part if total is None else total + part.to(total.device)
     return total
+
+
+def _bounded(grad: Optional[Tensor], bound: Optional[float], empty: Tensor) -> Tensor:
+    if grad is None:
+        return empty
+    return grad if bound is None else grad.clamp(-bound, bound)

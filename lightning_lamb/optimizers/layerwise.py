@@ -15,11 +15,12 @@ from torch.optim import Optimizer
 
 from lightning_lamb import equations
 from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
-from lightning_lamb.errors import InvalidOptionError, UnknownShardError
+from lightning_lamb.errors import UnknownShardError
 from lightning_lamb.kernels import Batch, Kernel
 from lightning_lamb.optimizers import gradients, state
 from lightning_lamb.optimizers.batches import batches_of, kernel_for
-from lightning_lamb.optimizers.options import checked
+from lightning_lamb.optimizers.hosted import Host
+from lightning_lamb.optimizers.options import checked, one_limit
 from lightning_lamb.optimizers.plan import LayerPlan, Slot, fingerprint, parameter_name
 from lightning_lamb.optimizers.report import LayerReport
 from lightning_lamb.optimizers.split_step import split_step
@@ -33,12 +34,12 @@ class LayerwiseOptimizer(Optimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._reset()
+        self._host = Host()
         super().__init__(params, checked(defaults))
 
     def _reset(self) -> None:
         self._plans: dict[Any, LayerPlan] = {}
         self._report = LayerReport()
-        self._master_versions: dict[int, tuple[int, int]] = {}
         self._idle_steps = 0
         self._grad_norm: Optional[Tensor] = None
 
@@ -84,9 +85,16 @@ class LayerwiseOptimizer(Optimizer):
 
     @torch.compiler.disable(recursive=False)
     def _update(self) -> None:
+        if self._host.before_step(self):
+            return
         plan = self.plan()
         self._refuse_idle(plan)
         gradients.check(plan)
+        with gradients.completed(plan):
+            self._update_layers(plan)
+
+    @torch.compiler.disable(recursive=False)
+    def _update_layers(self, plan: LayerPlan) -> None:
         grad_scale = self._clip_scale(plan)
         ready = [slot for slot in plan.slots if slot.parameter.grad is not None]
         coefficients = self._advance(ready)
@@ -97,9 +105,12 @@ class LayerwiseOptimizer(Optimizer):
             weights, updates = kernel.direction(batch)
             self._apply(kernel, batch, slots, weights, updates, report)
         if plan.split:
-            for item in split_step(self, plan, coefficients, grad_scale):
+            split = split_step(self, plan, coefficients, grad_scale)
+            for item in split.moving:
                 self._apply(item.kernel, item.batch, item.slots, item.weights, item.updates, report)
-        self._report = report
+            for layers in split.elsewhere:
+                self._trust_ratios(layers.slots, layers.weights, layers.updates, report)
+        self._report = self._host.after_step(self.param_groups, report)
 
     def _apply(
         self,
@@ -112,20 +123,29 @@ class LayerwiseOptimizer(Optimizer):
     ) -> None:
         """The second pass of one batch, its statistics complete: ratio, step size, weights, and half-precision copies."""
         group = self.param_groups[slots[0].group]
-        scales = [group["lr"] * coefficients.lr for coefficients in batch.coefficients]
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.to(statistic_dtype(lr.device)).reshape(())
+        scales = [lr * coefficients.lr for coefficients in batch.coefficients]
         if slots[0].adapt:
-            weight_norms = equations.norm_of_statistic(weight_statistics, slots[0].norm)
-            update_norms = equations.norm_of_statistic(update_statistics, slots[0].norm)
-            bounds = group["weight_norm_bounds"], group["trust_ratio_bounds"]
-            ratios = equations.trust_ratio(weight_norms, update_norms, *bounds)
-            report.add([slot.piece.layer.name for slot in slots], weight_norms, update_norms, ratios)
+            ratios = self._trust_ratios(slots, weight_statistics, update_statistics, report)
             scales = list((ratios * scales[0]).unbind() if _all_same(scales) else map(_product, ratios.unbind(), scales))
         kernel.apply(batch, scales)
         for slot, weight in zip(slots, batch.weights):
             if state.has_master(slot.parameter):
-                target = slot.piece.view(slot.parameter.detach())
-                target.copy_(weight)
-                self._master_versions[id(slot.parameter)] = _version(target)
+                slot.piece.view(slot.parameter).detach().copy_(weight)
+
+    def _trust_ratios(
+        self, slots: Sequence[Slot], weight_statistics: Tensor, update_statistics: Tensor, report: LayerReport
+    ) -> Tensor:
+        """(slots,) ratios from completed statistics of one group's layers; noted in the report."""
+        group = self.param_groups[slots[0].group]
+        weight_norms = equations.norm_of_statistic(weight_statistics, slots[0].norm)
+        update_norms = equations.norm_of_statistic(update_statistics, slots[0].norm)
+        bounds = group["weight_norm_bounds"], group["trust_ratio_bounds"]
+        ratios = equations.trust_ratio(weight_norms, update_norms, *bounds)
+        report.add([slot.piece.layer.name for slot in slots], weight_norms, update_norms, ratios)
+        return ratios
 
     # ------------------------------------------------------------------------------------------- the parts of a step
 
@@ -133,20 +153,21 @@ class LayerwiseOptimizer(Optimizer):
         """The layers behind the present parameter groups; worked out again when parameters or exemptions change."""
         key = fingerprint(self.param_groups)
         if key not in self._plans:
-            if len(self._plans) > 64:
+            if len(self._plans) > 64 + len(self.state):  # ZeRO steps part by part, each with a plan of its own
                 self._plans.clear()
+            self._host.adopt(self.param_groups)
             self._plans[key] = LayerPlan(self.param_groups)
         return self._plans[key]
 
     def full_weight(self, slot: Slot) -> Tensor:
         """The slot's weight in full precision: the master where there is one, else the parameter itself."""
-        parameter = slot.parameter if self.defaults["differentiable"] else slot.parameter.detach()
-        local = slot.piece.view(parameter)
+        local = slot.piece.view(slot.parameter)  # before detach(), which costs a DTensor ten times as much
+        if not self.defaults["differentiable"]:
+            local = local.detach()
         if not state.has_master(slot.parameter):
             return local
         master = slot.piece.view(self._state_of(slot.parameter)["master_weight"])
-        if self._master_versions.get(id(slot.parameter)) != _version(local):
-            state.refresh_master(master, local)
+        state.refresh_master(master, local)
         return master
 
     def next_coefficients(self, slot: Slot) -> tuple[Scalar, Coefficients]:
@@ -196,17 +217,9 @@ class LayerwiseOptimizer(Optimizer):
 
     def _clip_scale(self, plan: LayerPlan) -> Optional[Tensor]:
         """The coefficient that every gradient is multiplied by, or None without ``max_grad_norm``."""
-        limits = {group["max_grad_norm"] for group in self.param_groups}
-        if limits == {None} or not limits:
-            self._grad_norm = None
-            return None
-        if len(limits) > 1:
-            raise InvalidOptionError(
-                f"max_grad_norm differs between parameter groups ({sorted(map(str, limits))}): the norm is that of all "
-                "gradients together, so there is one limit. Set the same value in every group."
-            )
-        self._grad_norm = self.global_grad_norm()
-        return None if self._grad_norm is None else equations.clip_coefficient(self._grad_norm, limits.pop())
+        limit = one_limit(self.param_groups)
+        self._grad_norm = None if limit is None else self.global_grad_norm()
+        return None if self._grad_norm is None else equations.clip_coefficient(self._grad_norm, limit)
 
     def _refuse_idle(self, plan: LayerPlan) -> None:
         """Raises where no parameter has ever had a gradient: the model trains other tensors than these."""
@@ -240,12 +253,19 @@ class LayerwiseOptimizer(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
         options = {name: param_group.get(name, default) for name, default in self.defaults.items()}
+        one_limit([*self.param_groups, options])
         super().add_param_group({**param_group, **checked(options)})
         group = self.param_groups[-1]
         for position, parameter in enumerate(group["params"]):
             if parameter.is_complex():
                 self.param_groups.pop()
                 gradients.refuse_complex(parameter_name(group, len(self.param_groups), position))
+        self._host.remember(group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in every torch optimizer; under DeepSpeed with what its universal checkpoints would lose."""
+        self._host.heal(self.param_groups)
+        return self._host.marked(self, super().state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; float32 masters and moments of half-precision parameters are not rounded.
@@ -259,20 +279,26 @@ class LayerwiseOptimizer(Optimizer):
         received: list[dict[str, Any]] = []
 
         def check(_: Optimizer, found: dict[str, Any]) -> None:  # after the user's own hooks have had their say
-            state.check_state_dict(found, self.param_groups, self.signature, type(self).__name__)
+            required = ("step", *self.moment_keys())
+            state.check_state_dict(found, self.param_groups, self.signature, required, type(self).__name__)
             received.append(found)
 
         handle = self.register_load_state_dict_pre_hook(check)
         try:
-            super().load_state_dict(state_dict)
+            with self._host.explaining(self.param_groups):
+                super().load_state_dict(state_dict)
         finally:
             handle.remove()
         state.restore_full_precision(self.state, self.param_groups, received[0])
+        state.restore_steps(self.state)
         self._reset()
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)
         self._reset()
+        known = self.__dict__.get("_host")
+        self._host = Host() if known is None else known
+        self._host.regroup(self.param_groups)
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -287,8 +313,9 @@ class LayerwiseOptimizer(Optimizer):
         Returns:
             0-dim tensor, the same on every rank.
         """
-        limit = self.param_groups[0]["max_grad_value"] if self.param_groups else None
-        square = gradients.square_norm(self.plan(), limit)
+        plan = self.plan()
+        with gradients.completed(plan):
+            square = gradients.square_norm(plan, [group["max_grad_value"] for group in self.param_groups])
         return torch.zeros(()) if square is None else square.sqrt()
 
     @property
@@ -310,11 +337,6 @@ class LayerwiseOptimizer(Optimizer):
     def update_norms(self) -> dict[str, Tensor]:
         """``||u||`` of the last step by layer name; over all ranks' pieces."""
         return self._report.update_norms
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    # meta tensors have no address, and inference tensors no version; both are fine as constants
-    return (0 if tensor.is_inference() else tensor._version, 0 if tensor.is_meta else tensor.data_ptr())
 
 
 def _all_same(scales: Sequence[Scalar]) -> bool:

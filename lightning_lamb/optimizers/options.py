@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,6 +52,21 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     if result.get("fused"):
         raise InvalidOptionError("fused=True: fused kernels are not available yet; leave fused unset (foreach is used).")
     return result
+
+
+def one_limit(groups: Sequence[Mapping[str, Any]]) -> float | None:
+    """The ``max_grad_norm`` that all groups share, or None.
+
+    Raises:
+        InvalidOptionError: groups that differ.
+    """
+    limits = list(dict.fromkeys(group["max_grad_norm"] for group in groups))
+    if len(limits) > 1:
+        raise InvalidOptionError(
+            f"max_grad_norm differs between parameter groups ({', '.join(map(str, limits))}): the norm is that of all "
+            "gradients together, so there is one limit. Set the same value in every group."
+        )
+    return limits[0] if limits else None
 
 
 def _check_lr(lr: Any) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_lamb.errors import InvalidOptionError
-from lightning_lamb.sharding import GlobalNorm, NormTable, Piece, annotation, clean_name, locate
+from lightning_lamb.sharding import GlobalNorm, NormTable, Piece, annotation, clean_name, is_dtensor, locate
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +25,9 @@ class Slot:
         adapt: whether the layer has a trust ratio.
         device: of the elements.
         norm: of the group.
+        elements: how many are here.
+        completed: shared by all slots of a plan: id of the parameter to local gradient, for the duration of a step and
+            for gradients that had to be added up first (see `gradients.completed`).
     """
 
     group: int
@@ -34,6 +37,8 @@ class Slot:
     adapt: bool
     device: torch.device
     norm: Any
+    elements: int
+    completed: dict[int, Tensor]
 
 
 class LayerPlan:
@@ -45,13 +50,15 @@ class LayerPlan:
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self.slots: list[Slot] = []
+        self.completed: dict[int, Tensor] = {}
         for index, group in enumerate(groups):
             for position, parameter in enumerate(group["params"]):
                 for piece in locate(parameter, parameter_name(group, index, position)):
-                    self.slots.append(_slot(index, group, parameter, piece))
+                    self.slots.append(_slot(index, group, parameter, piece, self.completed))
         self.by_parameter: dict[int, list[Slot]] = {}
         for slot in self.slots:
             self.by_parameter.setdefault(id(slot.parameter), []).append(slot)
+        self.dtensors = [parameter for group in groups for parameter in group["params"] if is_dtensor(parameter)]
         # Exempt layers join the table of a group that communicates anyway: their activity flag keeps ranks together.
         self.split = [slot for slot in self.slots if slot.piece.split is not None]
         self.devices = list(dict.fromkeys(slot.device for slot in self.slots))
@@ -106,7 +113,9 @@ def parameter_name(group: Mapping[str, Any], group_index: int, position: int) ->
     return known.name if known is not None else f"group{group_index}.param{position}"
 
 
-def _slot(index: int, group: Mapping[str, Any], parameter: Tensor, piece: Piece) -> Slot:
+def _slot(
+    index: int, group: Mapping[str, Any], parameter: Tensor, piece: Piece, completed: dict[int, Tensor]
+) -> Slot:
     exempt = group["exempt_1d"] and len(piece.layer.shape) <= 1
     weight_decay = 0.0 if exempt else group["weight_decay"]
     adapt = group["adapt"]
@@ -118,4 +127,7 @@ def _slot(index: int, group: Mapping[str, Any], parameter: Tensor, piece: Piece)
             "norms. Use whole parameters."
         )
     local = piece.view(parameter.detach())
-    return Slot(index, parameter, piece, weight_decay, bool(adapt) and not exempt, local.device, group["norm"])
+    adapts = bool(adapt) and not exempt
+    return Slot(
+        index, parameter, piece, weight_decay, adapts, local.device, group["norm"], local.numel(), completed
+    )

@@ -13,6 +13,14 @@ class LayerReport:
     def __init__(self) -> None:
         self._parts: list[tuple[list[str], Tensor, Tensor, Tensor]] = []
 
+    @classmethod
+    def joined(cls, reports: Sequence[LayerReport]) -> LayerReport:
+        """One report on everything that ``reports`` are about."""
+        whole = cls()
+        for report in reports:
+            whole._parts += report._parts  # noqa: SLF001 - of the same class
+        return whole
+
     def add(self, names: Sequence[str], weight_norms: Tensor, update_norms: Tensor, trust_ratios: Tensor) -> None:
         """Adds (n,) values of ``n`` layers."""
         self._parts.append((list(names), weight_norms, update_norms, trust_ratios))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Optional
 
 import torch
@@ -38,16 +38,40 @@ class Pending:
     active: Optional[Tensor] = None
 
 
+@dataclass
+class Elsewhere:
+    """Adapted layers of which this rank holds no element: for the report only.
+
+    Attributes:
+        slots: of one parameter group.
+        weights: (slots,) completed statistics.
+        updates: (slots,) completed statistics.
+    """
+
+    slots: list[Slot]
+    weights: Tensor
+    updates: Tensor
+
+
+@dataclass
+class SplitStep:
+    """What is left to do after the all-reduce."""
+
+    moving: list[Pending] = field(default_factory=list)
+    elsewhere: list[Elsewhere] = field(default_factory=list)
+
+
 def split_step(
     optimizer: LayerwiseOptimizer,
     plan: LayerPlan,
     coefficients: dict[int, Coefficients],
     grad_scale: Optional[Tensor],
-) -> list[Pending]:
+) -> SplitStep:
     """Runs the first pass and completes the norms.
 
     A layer that has a gradient on some ranks only is stepped on all of them, with zero for the missing ones: its pieces
-    are one layer. Where that occurs the host reads one flag per such piece; otherwise it reads nothing.
+    are one layer. A rank that lacks gradients which it could have (elements, not frozen) reads from the device, once,
+    which of those layers have one elsewhere; otherwise the host reads nothing.
 
     Communication: one all-reduce per process group.
 
@@ -59,20 +83,21 @@ def split_step(
     for batch, slots in batches_of(ready, optimizer, coefficients, grad_scale, whole=False):
         kernel = kernel_for(optimizer.param_groups[slots[0].group])
         pending.append(Pending(kernel, batch, slots, *kernel.direction(batch)))
+    result = SplitStep()
     for device, (members, table) in plan.tables.items():
         if members:
-            missing = [slot for slot in members if slot.parameter.grad is None and _elements(slot)]
-            pending += [_absent(optimizer, slot) for slot in missing]
-            _complete(plan, members, table, [item for item in pending if item.slots[0].device == device])
-    moving = []
-    for item in pending:
-        if item.absent and not _moved_elsewhere(optimizer, item):
-            continue
-        moving.append(item)
-    return moving
+            missing = [slot for slot in members if slot.parameter.grad is None and slot.parameter.requires_grad]
+            pending += [_absent(optimizer, slot) for slot in missing if slot.elements]
+            here = [item for item in pending if item.slots[0].device == device]
+            empty = [slot for slot in missing if not slot.elements and slot.adapt]
+            result.elsewhere += _complete(plan, members, table, here, empty)
+    result.moving = [item for item in pending if not item.absent] + _moved_elsewhere(optimizer, pending)
+    return result
 
 
-def _complete(plan: LayerPlan, members: Sequence[Slot], table: NormTable, pending: list[Pending]) -> None:
+def _complete(
+    plan: LayerPlan, members: Sequence[Slot], table: NormTable, pending: list[Pending], empty: list[Slot]
+) -> list[Elsewhere]:
     device = members[0].device
     rows = torch.zeros(3, len(members), dtype=equations.statistic_dtype(device), device=device)
     for item in pending:
@@ -87,6 +112,12 @@ def _complete(plan: LayerPlan, members: Sequence[Slot], table: NormTable, pendin
         item.weights, item.updates = weights[entries], updates[entries]
         if item.absent:
             item.active = active[entries][0]
+    found = []
+    for group in dict.fromkeys(slot.group for slot in empty):
+        slots = [slot for slot in empty if slot.group == group]
+        entries = plan.entries(slots, members)
+        found.append(Elsewhere(slots, weights[entries], updates[entries]))
+    return found
 
 
 def _absent(optimizer: LayerwiseOptimizer, slot: Slot) -> Pending:
@@ -102,16 +133,16 @@ def _absent(optimizer: LayerwiseOptimizer, slot: Slot) -> Pending:
     return Pending(kernel, batch, [slot], *kernel.direction(batch), absent=True)
 
 
-def _moved_elsewhere(optimizer: LayerwiseOptimizer, item: Pending) -> bool:
-    """Reads whether another rank has a gradient for the layer, and if so keeps the tentative moments."""
-    slot = item.slots[0]
-    if item.active is None or not bool(item.active > 0):
-        return False
-    optimizer.count_step(slot.parameter)
-    for key, value in zip(optimizer.moment_keys(), [*item.batch.moments1, *item.batch.moments2]):
-        slot.piece.view(optimizer.state[slot.parameter][key]).copy_(value)
-    return True
-
-
-def _elements(slot: Slot) -> int:
-    return slot.piece.view(slot.parameter.detach()).numel()
+def _moved_elsewhere(optimizer: LayerwiseOptimizer, pending: Sequence[Pending]) -> list[Pending]:
+    """Reads which absent layers have a gradient on another rank, and keeps the tentative moments of those."""
+    absent = [(item, item.active) for item in pending if item.absent and item.active is not None]
+    if not absent:
+        return []
+    flags = torch.stack([active for _, active in absent]).tolist()  # the one host synchronisation
+    moving = [item for (item, _), flag in zip(absent, flags) if flag > 0]
+    for item in moving:
+        slot = item.slots[0]
+        optimizer.count_step(slot.parameter)
+        for key, value in zip(optimizer.moment_keys(), [*item.batch.moments1, *item.batch.moments2]):
+            slot.piece.view(optimizer.state[slot.parameter][key]).copy_(value)
+    return moving

@@ -52,7 +52,11 @@ def refresh_master(master: Tensor, parameter: Tensor) -> None:
 
 
 def check_state_dict(
-    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], signature: frozenset[str], owner: str
+    state_dict: Mapping[str, Any],
+    groups: Sequence[Mapping[str, Any]],
+    signature: frozenset[str],
+    required: Sequence[str],
+    owner: str,
 ) -> None:
     """Refuses a state dict that is not one of this optimizer's, before anything is loaded.
 
@@ -60,6 +64,7 @@ def check_state_dict(
         state_dict: as `torch.optim.Optimizer.state_dict` makes it.
         groups: the optimizer's own parameter groups.
         signature: option names that tell this optimizer from others.
+        required: keys that the state of a stepped parameter has.
         owner: its class name.
 
     Raises:
@@ -85,7 +90,7 @@ def check_state_dict(
     for saved, group in zip(saved_groups, groups):
         names = group.get("param_names") or saved.get("param_names") or [None] * len(group["params"])
         for key, parameter, name in zip(saved["params"], group["params"], names):
-            _check_shapes(state_dict["state"].get(key, {}), parameter, str(name or f"parameter {key}"), owner)
+            _check_tensors(state_dict["state"].get(key, {}), parameter, str(name or f"parameter {key}"), owner, required)
 
 
 def restore_full_precision(
@@ -107,7 +112,20 @@ def restore_full_precision(
                     loaded[name] = original.detach().to(device=parameter.device, dtype=torch.float32).clone()
 
 
-def _check_shapes(saved: Mapping[str, Any], parameter: Tensor, name: str, owner: str) -> None:
+def restore_steps(state: Mapping[Any, dict[str, Any]]) -> None:
+    """Makes steps that were saved as plain numbers tensors again, on the host."""
+    for found in state.values():
+        if "step" in found and not isinstance(found["step"], Tensor):
+            found["step"] = torch.tensor(float(found["step"]), dtype=torch.float32)
+
+
+def _check_tensors(saved: Mapping[str, Any], parameter: Tensor, name: str, owner: str, required: Sequence[str]) -> None:
+    missing = [key for key in required if saved and key not in saved]
+    if missing:
+        raise StateDictError(
+            f"{name}: the state dict has {', '.join(map(str, saved))} but no {', '.join(missing)}, which {owner} needs to "
+            "continue. Load a state dict that this class saved. Nothing was loaded."
+        )
     for key, value in saved.items():
         if key != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
             raise StateDictError(

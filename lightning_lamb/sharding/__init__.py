@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_lamb.sharding import dtensor, fsdp1
+from lightning_lamb.sharding import dtensor, fsdp1, zero
 from lightning_lamb.sharding.annotate import annotate, annotation, clean_name, true_name, true_shape
-from lightning_lamb.sharding.dtensor import aligned_gradient, is_dtensor
+from lightning_lamb.sharding.dtensor import completed_gradients, is_dtensor, refuse_plain_gradient
 from lightning_lamb.sharding.layout import Layer, Locator, Piece, Split
 from lightning_lamb.sharding.norms import GlobalNorm, NormTable, gather_by_name
 
@@ -18,18 +18,20 @@ __all__ = [
     "NormTable",
     "Piece",
     "Split",
-    "aligned_gradient",
     "annotate",
     "annotation",
     "clean_name",
+    "completed_gradients",
     "gather_by_name",
     "is_dtensor",
     "locate",
+    "refuse_plain_gradient",
     "true_name",
     "true_shape",
+    "zero",
 ]
 
-LOCATORS: list[Locator] = [dtensor.locate, fsdp1.locate]
+LOCATORS: list[Locator] = [dtensor.locate, fsdp1.locate, zero.locate]
 """Tried in order; the first that knows the layout answers."""
 
 

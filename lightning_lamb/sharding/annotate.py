@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Optional
 
 from torch import Tensor, nn
@@ -65,7 +65,9 @@ def annotate(module: nn.Module) -> int:
 
     names = {id(parameter): clean_name(name) for name, parameter in module.named_parameters()}
     for name, parameter in module.named_parameters():
-        _ANNOTATIONS[parameter] = Annotation(names[id(parameter)])
+        known = _ANNOTATIONS.get(parameter, Annotation(name))
+        # A module inside the FSDP1 one knows better names, but not what the outer unit cut: that is kept.
+        _ANNOTATIONS[parameter] = replace(known, name=names[id(parameter)])
     for parameter, shape, group, name in flat_slices(module):
         _ANNOTATIONS[parameter] = Annotation(names.get(id(parameter), clean_name(name)), shape, group)
     return len(names)

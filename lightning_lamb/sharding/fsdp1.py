@@ -36,6 +36,11 @@ def flat_slices(module: nn.Module) -> Iterator[tuple[Tensor, tuple[int, ...], Op
         flat = handle.flat_param
         if flat._params is None:
             raise UnknownShardError(_merged_message(flat))
+        if any(extension is not None for extension in getattr(flat, "_param_extensions", None) or ()):
+            raise UnknownShardError(
+                f"{', '.join(flat._fqns)}: FSDP1 over tensor parallelism cuts layers twice, and its units know one of the "
+                "two cuts. Use fully_shard (FSDP2) with tensor parallelism; in Lightning ModelParallelStrategy."
+            )
         group = handle.process_group if handle.uses_sharded_strategy else None
         for parameter, shape, name in zip(flat._params, flat._shapes, flat._fqns):
             yield parameter, tuple(shape), group, name
@@ -69,9 +74,9 @@ def refuse_unannotated(parameter: Tensor, name: str) -> None:
     if getattr(parameter, "_fsdp_flattened", False):
         raise UnknownShardError(
             f"{name}: rank {_rank()} holds {parameter.numel()} elements of an FSDP1 shard whose layer is unknown, so "
-            "its norms and its shape rules would be those of the slice. Call "
-            "`lightning_lamb.annotate(trainer.strategy.model)` (or `annotate(fsdp_model)`) before the first step; "
-            "LambMixin, LargeBatch and LambCLI do it for you."
+            "its norms and its shape rules would be those of the slice. Call `lightning_lamb.sharding.annotate(model)` "
+            "with the FSDP-wrapped model (in Lightning trainer.strategy.model) before the first step; LambMixin, "
+            "LargeBatch, LambCLI and CPUFSDPStrategy do it for you."
         )
 
 

@@ -7,6 +7,7 @@ stays on the device: nothing is read on the host.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -21,21 +22,23 @@ class Reduction:
     """One process group, and the entries of the table that its ranks complete together.
 
     Args:
-        group: the process group.
+        groups: the process group; several, one after the other, only where a mesh without names cannot be flattened.
         entries: indices into the table, the same on every rank of the group.
         counted: 1.0 where this rank's part counts, 0.0 where it is a copy of what another rank of the group counts.
         device: where the table lives.
     """
 
-    def __init__(self, group: Any, entries: Sequence[int], counted: Sequence[float], device: torch.device) -> None:
-        self.group = group
+    def __init__(
+        self, groups: Sequence[Any], entries: Sequence[int], counted: Sequence[float], device: torch.device
+    ) -> None:
+        self.groups = list(groups)
         self.indices = list(entries)  # the host's copy: reading the tensor would wait for the device
         self.entries = torch.tensor(entries, device=device)
         self.counted = None
         if not all(counted):
             self.counted = torch.tensor(counted, device=device, dtype=statistic_dtype(device))
         # NCCL cannot reduce what CPU offload keeps on the host, so the vector (a few kB) travels there and back.
-        self.wire = torch.device("cuda") if device.type == "cpu" and _is_cuda_only(group) else device
+        self.wire = torch.device("cuda") if device.type == "cpu" and any(map(_is_cuda_only, groups)) else device
 
     def all_reduce(self, rows: Tensor, operation: Any) -> None:
         """Completes ``rows[:, entries]`` over the group, in place. One collective.
@@ -47,9 +50,27 @@ class Reduction:
         packed = rows[:, self.entries]
         if self.counted is not None:
             packed = packed * self.counted
-        packed = packed.to(self.wire).contiguous()
-        dist.all_reduce(packed, op=operation, group=self.group)
-        rows[:, self.entries] = packed.to(rows.device)
+        rows[:, self.entries] = self._reduced(packed, operation)
+
+    def total(self, statistics: Tensor) -> Tensor:
+        """The sum of ``statistics[entries]`` over entries and ranks. One collective.
+
+        Args:
+            statistics: (layers,) partial sums.
+
+        Returns:
+            0-dim tensor.
+        """
+        own = statistics[self.entries]
+        if self.counted is not None:
+            own = own * self.counted
+        return self._reduced(own.sum().reshape(1), dist.ReduceOp.SUM)[0]
+
+    def _reduced(self, packed: Tensor, operation: Any) -> Tensor:
+        sent = packed.to(self.wire).contiguous()
+        for group in self.groups:
+            dist.all_reduce(sent, op=operation, group=group)
+        return sent.to(packed.device)
 
 
 class NormTable:
@@ -115,10 +136,12 @@ class GlobalNorm:
     def __init__(self, pieces: Sequence[Piece], device: torch.device) -> None:
         whole = [index for index, piece in enumerate(pieces) if piece.split is None]
         self.whole = torch.tensor(whole, device=device, dtype=torch.long)
-        self.reductions = reductions(pieces, device)
+        self.reductions = reductions(_in_largest_mesh(pieces), device)
 
     def total(self, statistics: Tensor) -> Tensor:
         """Sums square norms over all layers. One all-reduce of one number per process group.
+
+        Layers cut along some axes of a mesh travel with those cut along all of it: they are copied along the rest.
 
         Args:
             statistics: (pieces,) this rank's sums of squares.
@@ -128,12 +151,7 @@ class GlobalNorm:
         """
         total = statistics[self.whole].sum()
         for reduction in self.reductions:
-            own = statistics[reduction.entries]
-            if reduction.counted is not None:
-                own = own * reduction.counted
-            packed = own.sum().reshape(1).to(reduction.wire)
-            dist.all_reduce(packed, group=reduction.group)
-            total = total + packed.to(total.device)[0]
+            total = total + reduction.total(statistics)
         return total
 
 
@@ -148,7 +166,7 @@ def reductions(pieces: Sequence[Piece], device: torch.device) -> list[Reduction]
             by_mesh.setdefault(piece.split.mesh, []).append(index)
         else:
             by_group.setdefault(piece.split.group, []).append(index)
-    found = [Reduction(group, entries, [1.0] * len(entries), device) for group, entries in by_group.items()]
+    found = [Reduction([group], entries, [1.0] * len(entries), device) for group, entries in by_group.items()]
     for mesh, entries in by_mesh.items():
         splits = [pieces[index].split for index in entries]
         found.append(_mesh_reduction(mesh, [split for split in splits if split], entries, device))
@@ -160,16 +178,41 @@ def _mesh_reduction(mesh: Any, splits: list[Split], entries: list[int], device: 
     coordinate = mesh.get_coordinate()
     # A layer that is copied along one of the reduced axes counts at coordinate 0 of it only.
     counted = [float(all(axis in split.axes or coordinate[axis] == 0 for axis in axes)) for split in splits]
-    return Reduction(_axes_group(mesh, axes), entries, counted, device)
+    return Reduction(_axes_groups(mesh, axes), entries, counted, device)
 
 
-def _axes_group(mesh: Any, axes: list[int]) -> Any:
+def _axes_groups(mesh: Any, axes: list[int]) -> list[Any]:
     """The ranks that differ from this one along ``axes`` only. Creates the group at the first call (collective)."""
-    if len(axes) == 1:
-        return mesh.get_group(axes[0])
     names = mesh.mesh_dim_names
+    if len(axes) == 1 or not names:  # a mesh without names does not flatten: one axis after the other
+        return [mesh.get_group(axis) for axis in axes]
     part = mesh if len(axes) == mesh.ndim else mesh[tuple(names[axis] for axis in axes)]
-    return part._flatten().get_group()
+    return [part._flatten().get_group()]
+
+
+def _in_largest_mesh(pieces: Sequence[Piece]) -> list[Piece]:
+    """Says of pieces cut along a sub-mesh of another piece's mesh where they are in that one.
+
+    FSDP2 over tensor parallelism leaves layers without a tensor-parallel plan on the data-parallel mesh alone.
+    """
+    meshes = list(dict.fromkeys(piece.split.mesh for piece in pieces if piece.split and piece.split.mesh is not None))
+    largest = max(meshes, key=lambda mesh: mesh.ndim, default=None)
+    moved = []
+    for piece in pieces:
+        split = piece.split
+        if split is not None and split.mesh is not None and _is_part_of(split.mesh, largest):
+            names = [split.mesh.mesh_dim_names[axis] for axis in split.axes]
+            axes = tuple(largest.mesh_dim_names.index(name) for name in names)
+            piece = replace(piece, split=Split(mesh=largest, axes=axes))
+        moved.append(piece)
+    return moved
+
+
+def _is_part_of(mesh: Any, whole: Any) -> bool:
+    names = mesh.mesh_dim_names
+    if not names or mesh.ndim >= whole.ndim or not set(names) <= set(whole.mesh_dim_names or ()):
+        return False
+    return bool(whole[names if len(names) > 1 else names[0]] == mesh)
 
 
 def _is_cuda_only(group: Any) -> bool:

@@ -12,11 +12,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_lamb.callbacks.conflicts import refuse_double_clipping
 from lightning_lamb.callbacks.large_batch import large_batch_of
-from lightning_lamb.lightning_seams import load_cli, total_optimizer_steps, wrapped_model
+from lightning_lamb.lightning_seams import load_cli, module_that_knows, total_optimizer_steps
 from lightning_lamb.optimizers import Lamb, Lars, LayerwiseOptimizer
 from lightning_lamb.param_groups import GroupRules, lamb_param_groups
 from lightning_lamb.schedules import StagedWarmup
-from lightning_lamb.sharding.annotate import annotate, clean_name
+from lightning_lamb.sharding.annotate import annotate, clean_name, true_shape
 
 if TYPE_CHECKING:
     from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, ReduceLROnPlateau
@@ -55,6 +55,10 @@ class LambCLI(LightningCLI):
             help="When the scheduler of --lr_scheduler steps: after every optimizer step, or every epoch.",
         )
         parser.add_class_arguments(GroupRules, "param_groups")
+        # Instead of the tuples of classes, which jsonargparse prints as they are.
+        groups = parser.groups or {}
+        groups["optimizer"].title = "The optimizer: Lamb, Lars, or any of torch.optim.Optimizer"
+        groups["lr_scheduler"].title = "Its learning rate: StagedWarmup, or any of torch's LRScheduler"
 
     def before_instantiate_classes(self) -> None:
         """Keeps LightningCLI from building the optimizer, which it does before the Trainer exists."""
@@ -78,8 +82,7 @@ class LambCLI(LightningCLI):
             ConflictError: gradients would be clipped by the Trainer and by the optimizer.
         """
         trainer = module.trainer
-        annotate(wrapped_model(trainer) or module)
-        annotate(module)
+        annotate(module_that_knows(trainer, module))
         optimizer = self._build_optimizer(module, self._get(self.config_init, "optimizer"))
         refuse_double_clipping(trainer, [optimizer])
         if not self._get(self.config_init, "lr_scheduler"):
@@ -102,12 +105,15 @@ class LambCLI(LightningCLI):
         ours = _builds_ours(target)
         params: list[Any] = trained if ours else [parameter for _, parameter in trained]
         if rules != GroupRules():
-            params = lamb_param_groups(module, weight_decay=options.get("weight_decay", 0.01), rules=rules)
-            if not ours:  # no layer-wise normalisation to switch off, and names are not for every optimizer
-                params = [
-                    {"params": [p for _, p in group["params"]], "weight_decay": group["weight_decay"]}
-                    for group in params
-                ]
+            params = lamb_param_groups(
+                module,
+                weight_decay=options.get("weight_decay", 0.01),
+                rules=rules,
+                shape_of=true_shape,
+                clean=clean_name,
+            )
+            if not ours:
+                params = _by_decay(params)
         optimizer: Optimizer = target(params, **options)
         return optimizer
 
@@ -124,6 +130,14 @@ class LambCLI(LightningCLI):
         if waits and options.get("epochs") is None:  # OneCycleLR
             options["total_steps"] = total_optimizer_steps(trainer)
         return target(optimizer, **options)
+
+
+def _by_decay(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups for optimizers without layer-wise normalisation, which may know neither ``adapt`` nor names."""
+    by_decay: dict[float, list[Any]] = {}
+    for group in groups:
+        by_decay.setdefault(group["weight_decay"], []).extend(parameter for _, parameter in group["params"])
+    return [{"params": params, "weight_decay": decay} for decay, params in by_decay.items()]
 
 
 def _calling(build: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -89,9 +89,18 @@ def attached_trainer(module: nn.Module) -> Any:
     return getattr(module, "_trainer", None)
 
 
-def wrapped_model(trainer: Trainer) -> nn.Module | None:
-    """The module as the strategy wrapped it (DDP, FSDP1), or None before that. Reads ``strategy.model``."""
-    return trainer.strategy.model
+def module_that_knows(trainer: Any, module: nn.Module) -> nn.Module:
+    """The module that knows its parameters' true names and shapes.
+
+    Under FSDP1 that is the wrapper, which alone knows what its slices are slices of; everywhere else the module itself,
+    whose names carry no prefix of the wrapper. Reads ``strategy.model``.
+
+    Args:
+        trainer: the Trainer, or None (Fabric, or no trainer at all).
+        module: the LightningModule.
+    """
+    wrapper: nn.Module | None = None if trainer is None else trainer.strategy.model
+    return wrapper if wrapper is not None and type(wrapper).__name__ == "FullyShardedDataParallel" else module
 
 
 def data_parallel_size(trainer: Trainer) -> int:

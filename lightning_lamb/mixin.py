@@ -17,13 +17,13 @@ from lightning_lamb.errors import ConflictError
 from lightning_lamb.lightning_seams import (
     attached_trainer,
     inner_optimizer,
+    module_that_knows,
     total_optimizer_steps,
-    wrapped_model,
 )
 from lightning_lamb.optimizers import Lamb, LayerwiseOptimizer
 from lightning_lamb.param_groups import GroupRules, lamb_param_groups
 from lightning_lamb.schedules import StagedWarmup
-from lightning_lamb.sharding.annotate import annotate
+from lightning_lamb.sharding.annotate import annotate, clean_name, true_shape
 
 
 class LambMixin:
@@ -78,11 +78,12 @@ class LambMixin:
 
         Called when the module is wrapped and sharded; ``lightning_lamb.sharding.true_shape`` tells shapes then.
         """
-        default = 0.01
         return lamb_param_groups(
             self,  # type: ignore[arg-type]
-            weight_decay=self.lamb_options.get("weight_decay", default),
+            weight_decay=self.lamb_options.get("weight_decay", 0.01),
             rules=self.lamb_group_rules,
+            shape_of=true_shape,
+            clean=clean_name,
         )
 
     def configure_optimizers(self) -> Any:
@@ -92,9 +93,7 @@ class LambMixin:
             ConflictError: gradients would be clipped by the Trainer and by the optimizer.
         """
         trainer = attached_trainer(self)  # type: ignore[arg-type]
-        if trainer is not None:
-            annotate(wrapped_model(trainer) or self)  # type: ignore[arg-type]
-        annotate(self)  # type: ignore[arg-type]
+        annotate(module_that_knows(trainer, self))  # type: ignore[arg-type]
         optimizer = self.lamb_optimizer(self.lamb_param_groups(), lr=self.lamb_lr, **self.lamb_options)  # type: ignore[call-arg]
         if trainer is not None:
             refuse_double_clipping(trainer, [optimizer])

@@ -32,12 +32,12 @@ from lightning_lamb.lightning_seams import (
     data_parallel_size,
     drop_train_data_before_resume,
     inner_optimizer,
+    module_that_knows,
     rank_zero_info,
     rank_zero_warn,
     shift_micro_batch_counters,
     strategy_accumulates,
     total_optimizer_steps,
-    wrapped_model,
 )
 from lightning_lamb.scaling import accumulate_grad_batches
 from lightning_lamb.sharding.annotate import annotate
@@ -144,8 +144,7 @@ class LargeBatch(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repairs, scales and schedules the fresh optimizer; a checkpoint is restored over it afterwards."""
         derived = self._set_accumulation(trainer)
-        annotate(wrapped_model(trainer) or pl_module)
-        annotate(pl_module)
+        annotate(module_that_knows(trainer, pl_module))
         optimizers = [inner_optimizer(optimizer) for optimizer in trainer.optimizers]
         if self._before is not None:
             rebound, self._before = self._before.rebind(optimizers, pl_module), None

@@ -202,7 +202,7 @@ def test_the_warm_up_fraction_grows_with_the_batch() -> None:
 
 def test_schedulers_step_per_optimizer_step_unless_told_otherwise() -> None:
     """Lightning #15340: the stock CLI leaves schedulers at one step per epoch."""
-    halving = lambda optimizer: torch_schedulers.ExponentialLR(optimizer, 0.5)  # noqa: E731
+    halving = lambda optimizer: torch_schedulers.ExponentialLR(optimizer, 0.5)
     per_step, per_epoch = Regression(scheduler=halving), Regression(scheduler=halving)
     fit(per_step, LargeBatch(16), max_epochs=2)
     fit(per_epoch, LargeBatch(16, scheduler_interval="epoch"), max_epochs=2)
@@ -210,7 +210,10 @@ def test_schedulers_step_per_optimizer_step_unless_told_otherwise() -> None:
     assert per_epoch.rates == pytest.approx([0.02, 0.02, 0.01, 0.01])
 
 
-@pytest.mark.parametrize(("limits", "total"), [({"max_epochs": 3}, 12), ({"max_epochs": -1, "max_steps": 5}, 5), ({"max_epochs": 3, "max_steps": 7}, 7)])
+@pytest.mark.parametrize(
+    ("limits", "total"),
+    [({"max_epochs": 3}, 12), ({"max_epochs": -1, "max_steps": 5}, 5), ({"max_epochs": 3, "max_steps": 7}, 7)],
+)
 def test_a_waiting_schedule_gets_the_trainers_length(limits: dict[str, int], total: int) -> None:
     module = Regression(scheduler=lambda optimizer: StagedWarmup(optimizer, warmup_fraction=0.25))
     trainer = fit(module, LargeBatch(8), **limits)
@@ -327,8 +330,10 @@ def test_an_option_out_of_range_is_refused_at_once(options: dict[str, Any], mess
 
 
 def test_one_summary_says_what_was_derived(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="lightning.pytorch.utilities.rank_zero"):
-        fit(Regression(), LargeBatch(16, base_batch_size=4, warmup_fraction=0.125))
+    # rank_zero_info logs through whichever of the two packages was imported last.
+    for name in ("lightning.pytorch.utilities.rank_zero", "pytorch_lightning.utilities.rank_zero"):
+        caplog.set_level(logging.INFO, logger=name)
+    fit(Regression(), LargeBatch(16, base_batch_size=4, warmup_fraction=0.125))
     (summary,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("LargeBatch")]
     assert "16 samples = micro-batch 4 x 1 rank x 4 accumulated" in summary
     assert "0.04 (the optimizer's x sqrt(16 / 4))" in summary

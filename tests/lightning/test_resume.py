@@ -39,7 +39,7 @@ def train(
     epochs: int = 3,
     every: dict[str, Any] | None = None,
 ) -> Regression:
-    """Trains 3 epochs; with ``folder`` it saves a checkpoint at the end of every epoch, with ``resume`` it continues."""
+    """Trains 3 epochs; with ``folder`` it saves at the end of every epoch, with ``resume`` it continues."""
     module = module or Regression()
     callbacks: list[Any] = [large_batch or LargeBatch(8, base_batch_size=2, warmup_steps=3), Recorder()]
     if folder is not None:

@@ -56,6 +56,7 @@ class Batch:
             them what somebody else changed, `apply` writes them (see `masters`).
         seeds: of the stochastic rounding of bfloat16 moments, 32 bits per piece; empty for moments in full precision.
         updates: the update directions, from `direction` to `apply`; a kernel that recomputes them leaves it empty.
+        factors: what each of ``updates`` must still be multiplied by; None: by 1, or as the kernel knows.
     """
 
     options: Options
@@ -68,6 +69,7 @@ class Batch:
     parameters: list[Tensor] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
     updates: Optional[list[Tensor]] = None
+    factors: Optional[list[float]] = None
 
 
 class Norms(NamedTuple):

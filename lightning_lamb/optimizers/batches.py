@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Optional
 
+import torch
 from torch import Tensor
 
 from lightning_lamb.equations import Coefficients
@@ -90,6 +91,7 @@ def _parts(slots: list[Slot], limit: Optional[int]) -> Iterator[list[Slot]]:
         yield part
 
 
+@torch.compiler.disable  # Dynamo would guard on the identity of gradients, which are new tensors at every step
 def _batch(
     slots: list[Slot],
     optimizer: LayerwiseOptimizer,

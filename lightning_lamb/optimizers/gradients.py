@@ -53,7 +53,9 @@ def local_gradient(slot: Slot) -> Optional[Tensor]:
     grad = slot.parameter.grad
     if grad is None:
         return None
-    return slot.piece.view(slot.completed.get(id(slot.parameter), grad))
+    if slot.completed and id(slot.parameter) in slot.completed:
+        grad = slot.completed[id(slot.parameter)]
+    return slot.piece.view(grad)
 
 
 @contextlib.contextmanager

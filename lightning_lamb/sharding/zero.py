@@ -31,7 +31,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_lamb.errors import ConflictError, UnknownShardError
 from lightning_lamb.sharding.layout import Layer, Piece, Split
-from lightning_lamb.sharding.norms import Reduction
+from lightning_lamb.sharding.norms import NormTable
 
 Named = Sequence[tuple[str, Tensor]]
 
@@ -156,9 +156,10 @@ def _pieces(flat: Tensor, group: Named, everyone: Named, name: str) -> list[Piec
             return [_whole_copy(flat, group)]
     except (AttributeError, KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
         raise UnknownShardError(_unknown(flat, name, f"{type(error).__name__}: {error}")) from error
-    _check(flat, fragments, ranks, name)
     split = Split(group=ranks) if dist.get_world_size(ranks) > 1 else None
-    return [Piece(fragment.layer, fragment.segment, split) for fragment in fragments]
+    pieces = [Piece(fragment.layer, fragment.segment, split) for fragment in fragments]
+    _check(flat, fragments, pieces, name)
+    return pieces
 
 
 def _whole_copy(flat: Tensor, group: Named) -> Piece:
@@ -211,16 +212,15 @@ def _of_sub_group(flat: Tensor, stage3: Any, everyone: Named) -> tuple[list[Frag
     return fragments, ranks
 
 
-def _check(flat: Tensor, fragments: Sequence[Fragment], ranks: Any, name: str) -> None:
+def _check(flat: Tensor, fragments: Sequence[Fragment], pieces: Sequence[Piece], name: str) -> None:
     """All ranks' segments must tile every layer once and agree with the model's weights. One all-reduce, host reads."""
-    found = torch.zeros(2, len(fragments), dtype=torch.float64)
+    found = torch.zeros(3, len(fragments), dtype=torch.float64)
     for index, fragment in enumerate(fragments):
         inside = 0 <= fragment.segment.start and fragment.segment.start + fragment.segment.length <= flat.numel()
         found[0, index] = fragment.segment.length
         found[1, index] = float(not inside or not _agrees(fragment.segment(flat.detach()), fragment.weights))
-    found = found.to(flat.device)
-    Reduction(ranks, range(len(fragments)), [1.0] * len(fragments), flat.device).all_reduce(found, dist.ReduceOp.SUM)
-    lengths, disagreements = found.tolist()
+    table = NormTable(pieces, ["l2"] * len(pieces), flat.device)
+    lengths, disagreements, _ = (row.tolist() for row in table.complete(*found.to(flat.device)))
     for fragment, length, disagreement in zip(fragments, lengths, disagreements):
         numel = math.prod(fragment.layer.shape)
         if int(length) != numel:

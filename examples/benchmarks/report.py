@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 LARGE_ENOUGH = 32 * 2**20  # bytes of weights below which what the process needs anyway drowns a step's temporaries
@@ -30,12 +29,9 @@ weights, gradients and state, in percent of the weights, measured in a process o
 """
 
 
-def page(results: dict[str, Any], args: argparse.Namespace) -> str:
-    """The whole page, ending in a newline."""
-    shapes, threads = " ".join(args.shapes), " ".join(map(str, args.threads))
-    command = f"python examples/benchmarks/step_time.py --device {args.device} --shapes {shapes} --threads {threads}"
-    command += f" --rounds {args.rounds} --json docs/benchmarks.json --markdown docs/benchmarks.md"
-    parts = [INTRODUCTION.format(command=command, machine=_machine(results), rounds=results["rounds"])]
+def page(results: dict[str, Any]) -> str:
+    """The whole page, ending in a newline, from what step_time.py wrote as JSON."""
+    parts = [INTRODUCTION.format(command=results["command"], machine=_machine(results), rounds=results["rounds"])]
     parts += [model_section(entry) for entry in results["models"]]
     if results["not_run"]:
         parts.append("## Not run\n\n" + "\n".join(f"- {name}: {why}" for name, why in results["not_run"].items()))

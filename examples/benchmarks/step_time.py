@@ -16,6 +16,7 @@ import os
 import random
 import re
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -173,6 +174,7 @@ def main() -> None:
     reasons = {contender.name: reason_not_to_run(contender, args.device) for contender in chosen}
     running = [contender for contender in chosen if reasons[contender.name] is None]
     results: dict[str, Any] = {
+        "command": " ".join(["python", "examples/benchmarks/step_time.py", *sys.argv[1:]]),
         "machine": machine.describe(args.device),
         "rounds": args.rounds,
         "device": args.device,
@@ -193,7 +195,7 @@ def main() -> None:
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if args.markdown:
-        args.markdown.write_text(report.page(results, args), encoding="utf-8")
+        args.markdown.write_text(report.page(results), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,8 @@ def all_blocks(*languages: str) -> list[Block]:
 
 
 def write_files(page: Path, folder: Path) -> None:
-    """Writes a page's `# file:` blocks into a folder."""
+    """Writes a page's `# file:` blocks into a folder, and for pages that just say `train.py` the reader's own one."""
+    shutil.copy(Path(__file__).with_name("readers_train.py"), folder / "train.py")
     for block in blocks_of(page):
         if block.file_name:
             (folder / block.file_name).write_text(block.code, encoding="utf-8")

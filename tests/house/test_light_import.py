@@ -33,7 +33,6 @@ def loaded_after(statement: str) -> set[str]:
         "from lightning_lamb import Lamb, Lars, StagedWarmup",
         "from lightning_lamb import GroupRules, lamb_param_groups, make_plan, plan_from_recipe",
         "import lightning_lamb.presets, lightning_lamb.recipes, lightning_lamb.sharding",
-        "from lightning_lamb import LambMixin",
     ],
 )
 def test_the_torch_side_imports_no_optional_package(statement: str):

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_lamb.callbacks.conflicts import refuse_double_clipping
 from lightning_lamb.callbacks.large_batch import large_batch_of
-from lightning_lamb.lightning_seams import load_cli, module_that_knows, total_optimizer_steps
+from lightning_lamb.lightning_seams import load_cli, module_that_knows, register_strategies, total_optimizer_steps
 from lightning_lamb.optimizers import Lamb, Lars, LayerwiseOptimizer
 from lightning_lamb.param_groups import GroupRules, lamb_param_groups
 from lightning_lamb.schedules import StagedWarmup
@@ -26,6 +26,16 @@ else:
     ReduceLROnPlateau = _cli.ReduceLROnPlateau
 
 
+def _lamb_deepspeed(**options: Any) -> Any:
+    """Builds LambDeepSpeedStrategy; DeepSpeed is imported only when its name was asked for."""
+    from lightning_lamb.deepspeed import LambDeepSpeedStrategy
+
+    return LambDeepSpeedStrategy(**options)
+
+
+register_strategies(_lamb_deepspeed)
+
+
 class LambCLI(LightningCLI):
     """LightningCLI with LAMB in its place.
 
@@ -36,6 +46,7 @@ class LambCLI(LightningCLI):
     * ``--param_groups.no_decay_names '["embedding"]'`` and so on: which parameters have no decay or no trust ratio.
     * Schedulers step per optimizer step (``--lr_interval``), and a StagedWarmup without ``total_steps`` gets the
       Trainer's length.
+    * ``--trainer.strategy lamb_deepspeed_stage_2`` and so on: LambDeepSpeedStrategy by name.
 
     Takes the arguments of LightningCLI.
     """

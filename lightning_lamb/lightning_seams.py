@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import math
 import sys
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -113,6 +114,44 @@ def strategy_accumulates(trainer: Trainer) -> bool:
     return bool(trainer.strategy.handles_gradient_accumulation)
 
 
+def is_deepspeed(trainer: Trainer) -> bool:
+    """Whether the strategy is DeepSpeed's: it clips by itself, and its parameters stay the module's."""
+    return hasattr(type(trainer.strategy), "deepspeed_engine")
+
+
+def closes_window(trainer: Trainer) -> bool:
+    """Whether an optimizer step follows the present micro-batch. Reads ``fit_loop._should_accumulate``."""
+    return not trainer.fit_loop._should_accumulate()
+
+
+def reset_seed() -> None:
+    """Seeds this process as Lightning's strategies do when they start."""
+    fabric = "lightning_fabric" if pl.__name__ == "pytorch_lightning" else "lightning.fabric"
+    importlib.import_module(f"{fabric}.utilities.seed").reset_seed()
+
+
+STRATEGY_NAMES: dict[str, dict[str, Any]] = {
+    "lamb_deepspeed": {},
+    "lamb_deepspeed_stage_0": {"stage": 0},
+    "lamb_deepspeed_stage_1": {"stage": 1},
+    "lamb_deepspeed_stage_2": {"stage": 2},
+    "lamb_deepspeed_stage_2_offload": {"stage": 2, "offload_optimizer": True},
+    "lamb_deepspeed_stage_3": {"stage": 3},
+    "lamb_deepspeed_stage_3_offload": {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+}
+
+
+def register_strategies(build: Callable[..., Any]) -> None:
+    """Makes ``Trainer(strategy="lamb_deepspeed_stage_2")`` and so on known.
+
+    Args:
+        build: makes the strategy from its options.
+    """
+    registry = importlib.import_module(f"{pl.__name__}.strategies").StrategyRegistry
+    for name, options in STRATEGY_NAMES.items():
+        registry.register(name, build, description="DeepSpeed for LAMB", override=True, **options)
+
+
 def sum_over_data_ranks(trainer: Trainer, value: Tensor) -> Tensor:
     """The sum of a number over the ranks that see different samples. One all-reduce, none on one rank."""
     if trainer.world_size == 1:
@@ -132,9 +171,7 @@ def largest_over_ranks(trainer: Trainer, value: Tensor) -> Tensor:
 
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether what is logged now reaches the loggers. Reads ``_logger_connector`` and ``_should_accumulate``."""
-    return bool(
-        trainer.loggers and not trainer.fit_loop._should_accumulate() and trainer._logger_connector.should_update_logs
-    )
+    return bool(trainer.loggers and closes_window(trainer) and trainer._logger_connector.should_update_logs)
 
 
 # ---- the training data
@@ -226,8 +263,11 @@ def add_step_scheduler(trainer: Trainer, scheduler: Any, name: str) -> None:
 
 
 def inner_optimizer(optimizer: Optimizer) -> Optimizer:
-    """The optimizer inside Lightning's wrapper, on which attributes can be read and written."""
-    return getattr(optimizer, "_optimizer", optimizer)
+    """The optimizer inside the wrappers of Lightning and DeepSpeed, on which attributes can be read and written."""
+    inner = getattr(optimizer, "_optimizer", optimizer)
+    while not isinstance(inner, Optimizer) and hasattr(inner, "optimizer"):
+        inner = inner.optimizer
+    return inner
 
 
 # ---- checkpoints

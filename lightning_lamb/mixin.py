@@ -17,6 +17,7 @@ from lightning_lamb.errors import ConflictError
 from lightning_lamb.lightning_seams import (
     attached_trainer,
     inner_optimizer,
+    is_deepspeed,
     module_that_knows,
     total_optimizer_steps,
 )
@@ -115,13 +116,16 @@ class LambMixin:
         """Clips as ``Trainer(gradient_clip_val=...)`` asks, with the norm over all shards of all layers.
 
         Works under FSDP1 and under FSDP2 with tensor parallelism, where Lightning refuses. One all-reduce of one number
-        per process group of shards; no host synchronisation.
+        per process group of shards; no host synchronisation. DeepSpeed clips by itself: nothing happens here then.
 
         Args:
             optimizer: its gradients are modified in place.
             gradient_clip_val: the bound; None or 0 does not clip.
             gradient_clip_algorithm: "norm" (also None) or "value".
         """
+        trainer = attached_trainer(self)  # type: ignore[arg-type]
+        if trainer is not None and is_deepspeed(trainer):  # it clips by itself, in buffers of its own
+            return
         optimizer = inner_optimizer(optimizer)
         if not hasattr(optimizer, "global_grad_norm"):  # configure_optimizers was overridden with another optimizer
             super().configure_gradient_clipping(  # type: ignore[misc]

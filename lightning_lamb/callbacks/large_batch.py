@@ -32,6 +32,7 @@ from lightning_lamb.lightning_seams import (
     data_parallel_size,
     drop_train_data_before_resume,
     inner_optimizer,
+    is_deepspeed,
     module_that_knows,
     rank_zero_info,
     rank_zero_warn,
@@ -146,7 +147,7 @@ class LargeBatch(Callback):
         derived = self._set_accumulation(trainer)
         annotate(module_that_knows(trainer, pl_module))
         optimizers = [inner_optimizer(optimizer) for optimizer in trainer.optimizers]
-        if self._before is not None:
+        if self._before is not None and not is_deepspeed(trainer):
             rebound, self._before = self._before.rebind(optimizers, pl_module), None
             if rebound:
                 rank_zero_info(f"LargeBatch: pointed the optimizer at {rebound} parameters that the strategy replaced.")

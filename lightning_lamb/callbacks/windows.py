@@ -117,19 +117,27 @@ class WindowMean:
             numerator *= self._reference
         if trainer.world_size == 1 and not isinstance(total, Tensor):
             if total != numerator:
-                multiply_gradients(optimizer, numerator / total if total else 0.0)
+                _multiply(trainer, optimizer, numerator / total if total else 0.0)
             return
         device = device_of(module)
         exact = torch.float32 if device.type == "mps" else torch.float64
         summed = sum_over_data_ranks(trainer, torch.as_tensor(total, dtype=exact, device=device))
         # An empty window (no token anywhere) has zero gradients, not NaN.
-        multiply_gradients(optimizer, torch.where(summed > 0, numerator / summed.clamp(min=1e-30), 0.0))
+        _multiply(trainer, optimizer, torch.where(summed > 0, numerator / summed.clamp(min=1e-30), 0.0))
 
     def _choose_reference(self, trainer: Trainer, module: LightningModule, count: float | Tensor) -> float:
         """A power of two near the usual count, the same on all ranks: keeps fp16 in range and rounds nothing."""
         value = torch.as_tensor(count, dtype=torch.float32, device=device_of(module)).clone()
         largest = float(largest_over_ranks(trainer, value))  # the only host synchronisation, once per fit
         return 2.0 ** math.floor(math.log2(max(largest, 1.0)))
+
+
+def _multiply(trainer: Trainer, optimizer: Optimizer, factor: float | Tensor) -> None:
+    """Multiplies the window's gradients where they lie: in ``p.grad``, or where LambDeepSpeedStrategy knows."""
+    if hasattr(trainer.strategy, "multiply_gradients"):
+        trainer.strategy.multiply_gradients(factor)
+    else:
+        multiply_gradients(optimizer, factor)
 
 
 def samples_in(batch: Any) -> int:

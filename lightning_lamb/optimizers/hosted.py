@@ -179,8 +179,8 @@ class Host:
             source, options = group.pop(GROUPS_KEY)
             if len(options) != len(self._members):
                 raise StateDictError(
-                    f"The checkpoint has {len(options)} parameter groups, this optimizer {len(self._members)}. Build it "
-                    "from the same model and the same group rules."
+                    f"The checkpoint has {len(options)} parameter groups, this optimizer {len(self._members)}. Build "
+                    "it from the same model and the same group rules."
                 )
             own = self._index(group)
             if own == source:
@@ -198,8 +198,8 @@ class Host:
             if not (self.active or self._swapped(groups)):
                 raise
             raise StateDictError(
-                f"{error} Under ZeRO this also happens when the checkpoint was saved by another number of ranks: convert "
-                "it with lightning_lamb.deepspeed.to_universal(saved, converted) and load that with "
+                f"{error} Under ZeRO this also happens when the checkpoint was saved by another number of ranks: "
+                "convert it with lightning_lamb.deepspeed.to_universal(saved, converted) and load that with "
                 '"checkpoint": {"load_universal": true} in the DeepSpeed config.'
             ) from error
 
@@ -227,8 +227,8 @@ def _refuse(groups: Sequence[Mapping[str, Any]]) -> None:
     for group in groups:
         if group["max_grad_norm"] is not None:
             raise ConflictError(
-                f"max_grad_norm={group['max_grad_norm']} under DeepSpeed: it steps the optimizer group by group, so no step "
-                "sees all gradients, and it clips itself. Leave max_grad_norm out and write "
+                f"max_grad_norm={group['max_grad_norm']} under DeepSpeed: it steps the optimizer group by group, so no "
+                "step sees all gradients, and it clips itself. Leave max_grad_norm out and write "
                 f'"gradient_clipping": {group["max_grad_norm"]} into the DeepSpeed config (under Lightning: '
                 f"Trainer(gradient_clip_val={group['max_grad_norm']})), which is as exact."
             )

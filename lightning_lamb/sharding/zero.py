@@ -22,7 +22,7 @@ import sys
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -60,7 +60,7 @@ class Fragment:
 
     layer: Layer
     segment: Segment
-    weights: Optional[Tensor]
+    weights: Tensor | None
 
 
 class _Origin:
@@ -69,7 +69,7 @@ class _Origin:
     def __init__(self, group: Named, everyone: Named) -> None:
         self._group = [(name, weakref.ref(parameter)) for name, parameter in group]
         self._everyone = [(name, weakref.ref(parameter)) for name, parameter in everyone]
-        self.pieces: Optional[list[Piece]] = None
+        self.pieces: list[Piece] | None = None
 
     def group(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, reference()) for name, reference in self._group if reference() is not None)  # type: ignore[misc]
@@ -99,7 +99,7 @@ def is_partitioned(parameter: Tensor) -> bool:
     return hasattr(parameter, "_dp_group") or hasattr(parameter, "ds_id")
 
 
-def locate(parameter: Tensor, name: str) -> Optional[list[Piece]]:
+def locate(parameter: Tensor, name: str) -> list[Piece] | None:
     """The pieces in an adopted tensor, every layer of it on every rank; None for anything else.
 
     Communication: at the first call for a tensor, one all-reduce of two numbers per layer; the host reads it.
@@ -117,7 +117,7 @@ def locate(parameter: Tensor, name: str) -> Optional[list[Piece]]:
     return pieces
 
 
-def stage3_of(parameters: Sequence[Tensor]) -> Optional[Any]:
+def stage3_of(parameters: Sequence[Tensor]) -> Any | None:
     """DeepSpeed's ZeRO-3 optimizer that holds ``parameters``, or None."""
     return next((parameter._z3_optimizer for parameter in parameters if hasattr(parameter, "_z3_optimizer")), None)
 
@@ -181,8 +181,10 @@ def _of_partition(flat: Tensor, group: Named) -> tuple[list[Fragment], Any]:
     for name, parameter in members:
         elements = parameter.untyped_storage().nbytes() // parameter.element_size()
         if parameter.numel() and elements != size * dist.get_world_size(ranks):
-            raise ValueError(f"{name} lies in a buffer of {elements} elements, {dist.get_world_size(ranks)} x {size} expected")
-        first = parameter.storage_offset() - rank * size  # relative to this rank's partition
+            raise ValueError(
+                f"{name} lies in a buffer of {elements} elements, not of {dist.get_world_size(ranks)} x {size}"
+            )
+        first = int(parameter.storage_offset()) - rank * size  # relative to this rank's partition
         start, stop = max(first, 0), min(first + parameter.numel(), size)
         segment = Segment(min(start, size), max(0, stop - start))
         weights = parameter.detach().reshape(-1).narrow(0, start - first if segment.length else 0, segment.length)
@@ -195,12 +197,13 @@ def _of_sub_group(flat: Tensor, stage3: Any, everyone: Named) -> tuple[list[Frag
     index = next(i for i, candidate in enumerate(stage3.fp32_partitioned_groups_flat) if candidate is flat)
     names = {id(parameter): name for name, parameter in everyone}
     fragments = []
-    groups = {getattr(parameter, "ds_process_group", stage3.dp_process_group) for parameter in stage3.fp16_groups[index]}
+    members = stage3.fp16_groups[index]
+    groups = {getattr(parameter, "ds_process_group", stage3.dp_process_group) for parameter in members}
     if len(groups) != 1:
         raise ValueError(f"the parameters of a sub-group are cut over {len(groups)} process groups")
     ranks = groups.pop()
     rank = dist.get_rank(ranks)
-    for parameter in stage3.fp16_groups[index]:
+    for parameter in members:
         found, start, part = stage3.grad_position[stage3.get_param_id(parameter)]
         if found != index:
             raise ValueError(f"{names[id(parameter)]} is in sub-group {found}, not {index}")
@@ -216,7 +219,7 @@ def _check(flat: Tensor, fragments: Sequence[Fragment], pieces: Sequence[Piece],
     """All ranks' segments must tile every layer once and agree with the model's weights. One all-reduce, host reads."""
     found = torch.zeros(3, len(fragments), dtype=torch.float64)
     for index, fragment in enumerate(fragments):
-        inside = 0 <= fragment.segment.start and fragment.segment.start + fragment.segment.length <= flat.numel()
+        inside = fragment.segment.start >= 0 and fragment.segment.start + fragment.segment.length <= flat.numel()
         found[0, index] = fragment.segment.length
         found[1, index] = float(not inside or not _agrees(fragment.segment(flat.detach()), fragment.weights))
     table = NormTable(pieces, ["l2"] * len(pieces), flat.device)
@@ -236,7 +239,7 @@ def _check(flat: Tensor, fragments: Sequence[Fragment], pieces: Sequence[Piece],
             )
 
 
-def _agrees(master: Tensor, weights: Optional[Tensor]) -> bool:
+def _agrees(master: Tensor, weights: Tensor | None) -> bool:
     if weights is None or master.numel() == 0:
         return True
     rounded = master.to(weights.dtype)
@@ -248,7 +251,7 @@ def _refuse_unsupported(everyone: Named) -> None:
     for name, parameter in everyone:
         if getattr(parameter, "model_parallel", False) or getattr(parameter, "tensor_model_parallel", False):
             raise UnknownShardError(
-                f"{name}: DeepSpeed cut it by tensor parallelism as well as by ZeRO, and the norm over both has not been "
+                f"{name}: DeepSpeed cut it by tensor parallelism as well as by ZeRO, and norms over both have not been "
                 'built. Remove "tensor_parallel" (autotp_size) from the DeepSpeed config, or use PyTorch\'s FSDP2 with '
                 "tensor parallelism, where lightning_lamb is exact."
             )
@@ -260,13 +263,13 @@ def _refuse_unsupported(everyone: Named) -> None:
         if getattr(parameter, "comm_dtype", None) == torch.float16:
             raise ConflictError(
                 f'{name}: "torch_autocast" with float16 lets every rank decide by itself whether to skip a step, and a '
-                "rank that skips leaves the others waiting for its norms. Use bfloat16, or DeepSpeed's \"fp16\"."
+                'rank that skips leaves the others waiting for its norms. Use bfloat16, or DeepSpeed\'s "fp16".'
             )
     grid = getattr(sys.modules.get("deepspeed.utils.groups"), "mpu", None)
     stages = getattr(grid, "get_pipe_parallel_world_size", lambda: 1)()
     if stages > 1:
         raise UnknownShardError(
-            f"DeepSpeed pipeline parallelism ({stages} stages): tied layers live on several stages, and norms over them "
+            f"DeepSpeed pipeline parallelism ({stages} stages): tied layers live on several stages, and their norms "
             "have not been tested. Use ZeRO without a PipelineModule."
         )
 
@@ -274,7 +277,7 @@ def _refuse_unsupported(everyone: Named) -> None:
 def _unknown(flat: Tensor, name: str, problem: str) -> str:
     rank = dist.get_rank() if dist.is_initialized() else 0
     return (
-        f"{name}: rank {rank} holds {flat.numel()} flat elements of DeepSpeed {_version()} in which the layers were not "
+        f"{name}: rank {rank} holds {flat.numel()} flat elements of DeepSpeed {_version()} in which layers were not "
         f"found ({problem}), so their norms would be wrong. Use a DeepSpeed version named in docs/deepspeed.md and the "
         "wrappers described there, or report this message."
     )

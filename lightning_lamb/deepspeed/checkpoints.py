@@ -1,0 +1,115 @@
+"""DeepSpeed checkpoints that continue on another number of ranks, or without DeepSpeed."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_lamb.deepspeed.versions import load_deepspeed
+from lightning_lamb.errors import ConflictError, StateDictError
+
+
+def to_universal(saved: str | Path, converted: str | Path, tag: str | None = None) -> Path:
+    """Converts a ZeRO checkpoint so that any number of ranks can load it; masters, moments and steps stay intact.
+
+    Runs on one process, without a GPU. Load the result with ``"checkpoint": {"load_universal": true}`` in the DeepSpeed
+    config, by ``engine.load_checkpoint(converted)`` or ``trainer.fit(ckpt_path=converted)``. The stage family (1 and 2,
+    or 3) must stay.
+
+    Args:
+        saved: what ``engine.save_checkpoint`` or the Trainer wrote.
+        converted: a new folder.
+        tag: which of the checkpoints in ``saved``; None: the latest.
+
+    Returns:
+        ``converted``.
+
+    Raises:
+        StateDictError: ``saved`` is no ZeRO checkpoint, or ``converted`` exists already.
+        ConflictError: it was trained with ``round_robin_gradients``, whose layout DeepSpeed records wrongly.
+    """
+    load_deepspeed()
+    from deepspeed.checkpoint import ds_to_universal
+
+    source, target = Path(saved), Path(converted)
+    tag = _tag(source, tag)
+    if target.exists() and any(target.iterdir()):
+        raise StateDictError(f"{target} exists already. Name a new folder for the converted checkpoint.")
+    zero = _zero_config(source / tag)
+    if zero.get("round_robin_gradients") and zero.get("stage") in (1, 2):
+        raise ConflictError(
+            f'{source / tag} was trained with "round_robin_gradients": true. DeepSpeed records the layout of such '
+            "partitions wrongly, and weights of one layer would be loaded into another. Resume on the same number of "
+            "ranks without conversion, or export the weights with fp32_state_dict."
+        )
+    options = argparse.Namespace(
+        input_folder=str(source / tag),
+        output_folder=str(target / tag),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=zero.get("stage") != 3,
+    )
+    with contextlib.redirect_stdout(io.StringIO()):
+        ds_to_universal.main(options)
+    (target / "latest").write_text(tag)
+    return target
+
+
+def fp32_state_dict(saved: str | Path, tag: str | None = None, *, strip: str = "") -> dict[str, Tensor]:
+    """The full-precision weights of a ZeRO checkpoint (stages 1 to 3) as a plain state dict.
+
+    Args:
+        saved: what ``engine.save_checkpoint`` or the Trainer wrote.
+        tag: which of the checkpoints in it; None: the latest.
+        strip: a prefix to remove from every name.
+
+    Returns:
+        Name to float32 tensor on the CPU, tied weights under all of their names.
+
+    Raises:
+        StateDictError: ``saved`` is no ZeRO checkpoint.
+    """
+    load_deepspeed()
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    source = Path(saved)
+    tag = _tag(source, tag)
+    _zero_config(source / tag)
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = get_fp32_state_dict_from_zero_checkpoint(str(source), tag)
+    return {name.removeprefix(strip): weight for name, weight in found.items()}
+
+
+def _tag(folder: Path, tag: str | None) -> str:
+    latest = folder / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    if tag is None or not (folder / tag).is_dir():
+        raise StateDictError(
+            f"{folder} is no DeepSpeed checkpoint: it has no {'file `latest`' if tag is None else f'folder {tag!r}'}. "
+            "Give the folder that was handed to save_checkpoint, and tag=... if it was saved without `latest`."
+        )
+    return tag
+
+
+def _zero_config(folder: Path) -> Mapping[str, Any]:
+    """The ``zero_optimization`` section that a checkpoint was trained with, which DeepSpeed saves beside the state."""
+    files = sorted(folder.glob("*_optim_states.pt"))
+    if not files:
+        raise StateDictError(
+            f"{folder} holds no partitions (*_optim_states.pt), so it was not saved under ZeRO: its model file is a "
+            "plain checkpoint, which any number of ranks can load as it is."
+        )
+    # DeepSpeed pickles classes of its own.
+    content = torch.load(files[0], map_location="cpu", weights_only=False, mmap=True)
+    config: Mapping[str, Any] = (content.get("ds_config") or {}).get("zero_optimization") or {}
+    return config

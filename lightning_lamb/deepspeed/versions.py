@@ -1,0 +1,50 @@
+"""Which DeepSpeed is here, and whether this package was tested with it."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from types import ModuleType
+
+from lightning_lamb.errors import MissingDependencyError
+
+OLDEST = (0, 19)
+BEFORE = (0, 20)
+"""Tested from 0.19.0 on. Between 0.17 and 0.18, DeepSpeed's stages 0 to 2 fail by themselves with torch 2.13."""
+
+
+def load_deepspeed() -> ModuleType:
+    """Imports DeepSpeed.
+
+    Raises:
+        MissingDependencyError: it is not installed, or it is a version that was not tested.
+    """
+    try:
+        deepspeed = importlib.import_module("deepspeed")
+    except ModuleNotFoundError as error:
+        if error.name != "deepspeed":
+            raise  # installed, but something that it needs is not: that message is the better one
+        raise MissingDependencyError(
+            "lightning_lamb.deepspeed needs DeepSpeed, which is not installed: "
+            '`pip install "lightning_lamb[deepspeed]"`. '
+            "Install torch first; DS_BUILD_OPS=0 skips kernels that LAMB does not need."
+        ) from error
+    refuse_untested(str(deepspeed.__version__))
+    return deepspeed
+
+
+def refuse_untested(version: str) -> None:
+    """Raises for a version outside the tested range.
+
+    Raises:
+        MissingDependencyError: naming both.
+
+    >>> refuse_untested("0.19.8")
+    """
+    numbers = tuple(int(part) for part in re.findall(r"\d+", version)[:2])
+    if not OLDEST <= numbers < BEFORE:
+        wanted = f">={'.'.join(map(str, OLDEST))},<{'.'.join(map(str, BEFORE))}"
+        raise MissingDependencyError(
+            f"DeepSpeed {version} is installed; lightning_lamb reads how it lays out partitions and was tested with "
+            f'{wanted}: `pip install "deepspeed{wanted}"`.'
+        )

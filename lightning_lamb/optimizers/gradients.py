@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Optional
 
 import torch
 from torch import Tensor
@@ -24,16 +23,24 @@ def check(plan: LayerPlan) -> None:
     """
     for slot in plan.slots:
         grad = slot.parameter.grad
-        if grad is None:
-            continue
-        if grad.layout != torch.strided:
-            raise UnsupportedGradientError(
-                f"{slot.piece.layer.name}: its gradient is sparse ({grad.layout}), and LAMB's norms and decay need every "
-                "element. Build the embedding with sparse=False, or give this parameter to torch.optim.SparseAdam."
-            )
-        if grad.is_complex():
-            refuse_complex(slot.piece.layer.name)
-        refuse_plain_gradient(slot.parameter, grad, slot.piece.layer.name)
+        if grad is not None:
+            refuse_unusable(grad, slot.piece.layer.name)
+            refuse_plain_gradient(slot.parameter, grad, slot.piece.layer.name)
+
+
+def refuse_unusable(grad: Tensor, name: str) -> None:
+    """Raises for a sparse or complex gradient.
+
+    Raises:
+        UnsupportedGradientError: always for those, never for others.
+    """
+    if grad.layout != torch.strided:
+        raise UnsupportedGradientError(
+            f"{name}: its gradient is sparse ({grad.layout}), and LAMB's norms and decay need every element. Build the "
+            "embedding with sparse=False, or give this parameter to torch.optim.SparseAdam."
+        )
+    if grad.is_complex():
+        refuse_complex(name)
 
 
 def refuse_complex(name: str) -> None:
@@ -48,7 +55,7 @@ def refuse_complex(name: str) -> None:
     )
 
 
-def local_gradient(slot: Slot) -> Optional[Tensor]:
+def local_gradient(slot: Slot) -> Tensor | None:
     """This rank's piece of the layer's gradient as a plain tensor, or None."""
     grad = slot.parameter.grad
     if grad is None:
@@ -74,7 +81,7 @@ def completed(plan: LayerPlan) -> Iterator[None]:
         plan.completed.clear()
 
 
-def square_norm(plan: LayerPlan, max_grad_values: Sequence[Optional[float]]) -> Optional[Tensor]:
+def square_norm(plan: LayerPlan, max_grad_values: Sequence[float | None]) -> Tensor | None:
     """The sum of squares of all gradients over all layers and ranks, each element once.
 
     Communication: one all-reduce of one number per process group that holds pieces of layers.
@@ -86,7 +93,7 @@ def square_norm(plan: LayerPlan, max_grad_values: Sequence[Optional[float]]) -> 
     Returns:
         0-dim tensor; None if there is no parameter at all.
     """
-    total: Optional[Tensor] = None
+    total: Tensor | None = None
     for slots, reduction in plan.global_norms().values():
         empty = torch.empty(0, device=slots[0].device)
         grads = [_bounded(local_gradient(slot), max_grad_values[slot.group], empty) for slot in slots]
@@ -95,7 +102,7 @@ def square_norm(plan: LayerPlan, max_grad_values: Sequence[Optional[float]]) -> 
     return total
 
 
-def _bounded(grad: Optional[Tensor], bound: Optional[float], empty: Tensor) -> Tensor:
+def _bounded(grad: Tensor | None, bound: float | None, empty: Tensor) -> Tensor:
     if grad is None:
         return empty
     return grad if bound is None else grad.clamp(-bound, bound)

@@ -113,9 +113,7 @@ def parameter_name(group: Mapping[str, Any], group_index: int, position: int) ->
     return known.name if known is not None else f"group{group_index}.param{position}"
 
 
-def _slot(
-    index: int, group: Mapping[str, Any], parameter: Tensor, piece: Piece, completed: dict[int, Tensor]
-) -> Slot:
+def _slot(index: int, group: Mapping[str, Any], parameter: Tensor, piece: Piece, completed: dict[int, Tensor]) -> Slot:
     exempt = group["exempt_1d"] and len(piece.layer.shape) <= 1
     weight_decay = 0.0 if exempt else group["weight_decay"]
     adapt = group["adapt"]
@@ -123,11 +121,9 @@ def _slot(
         adapt = weight_decay != 0
     if piece.split is not None and group["differentiable"]:
         raise InvalidOptionError(
-            f"differentiable=True: {piece.layer.name} is sharded, and gradients do not flow through the all-reduce of its "
-            "norms. Use whole parameters."
+            f"differentiable=True: {piece.layer.name} is sharded, and gradients do not flow through the all-reduce of "
+            "its norms. Use whole parameters."
         )
     local = piece.view(parameter.detach())
     adapts = bool(adapt) and not exempt
-    return Slot(
-        index, parameter, piece, weight_decay, adapts, local.device, group["norm"], local.numel(), completed
-    )
+    return Slot(index, parameter, piece, weight_decay, adapts, local.device, group["norm"], local.numel(), completed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,7 +35,7 @@ class Pending:
     weights: Tensor
     updates: Tensor
     absent: bool = False
-    active: Optional[Tensor] = None
+    active: Tensor | None = None
 
 
 @dataclass
@@ -65,7 +65,7 @@ def split_step(
     optimizer: LayerwiseOptimizer,
     plan: LayerPlan,
     coefficients: dict[int, Coefficients],
-    grad_scale: Optional[Tensor],
+    grad_scale: Tensor | None,
 ) -> SplitStep:
     """Runs the first pass and completes the norms.
 
@@ -122,11 +122,12 @@ def _complete(
 
 def _absent(optimizer: LayerwiseOptimizer, slot: Slot) -> Pending:
     """What a zero gradient would do to the slot, worked out on copies of its moments."""
-    step, coefficients = optimizer.next_coefficients(slot)
+    _, coefficients = optimizer.next_coefficients(slot)
     weight = optimizer.full_weight(slot)
     zero = torch.zeros_like(weight)
     moments = [
-        view.clone() for view in (slot.piece.view(optimizer.state[slot.parameter][key]) for key in optimizer.moment_keys())
+        view.clone()
+        for view in (slot.piece.view(optimizer.state[slot.parameter][key]) for key in optimizer.moment_keys())
     ]
     batch = Batch(options_of(slot, optimizer), [weight], [zero], moments[:1], moments[1:], [coefficients])
     kernel = kernel_for(optimizer.param_groups[slot.group])

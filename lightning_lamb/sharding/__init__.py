@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from lightning_lamb.sharding import dtensor, fsdp1, zero
-from lightning_lamb.sharding.annotate import annotate, annotation, clean_name, true_name, true_shape
+from lightning_lamb.sharding.annotate import annotate, annotate_slice, annotation, clean_name, true_name, true_shape
 from lightning_lamb.sharding.dtensor import completed_gradients, is_dtensor, refuse_plain_gradient
 from lightning_lamb.sharding.layout import Layer, Locator, Piece, Split
 from lightning_lamb.sharding.norms import GlobalNorm, NormTable, gather_by_name
@@ -19,6 +19,7 @@ __all__ = [
     "Piece",
     "Split",
     "annotate",
+    "annotate_slice",
     "annotation",
     "clean_name",
     "completed_gradients",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,8 +27,8 @@ class Annotation:
     """
 
     name: str
-    shape: Optional[tuple[int, ...]] = None
-    group: Optional[ProcessGroup] = None
+    shape: tuple[int, ...] | None = None
+    group: ProcessGroup | None = None
 
 
 # Weak, and by identity: a parameter takes its annotation with it when it dies, and tensors do not compare as keys.
@@ -68,17 +69,34 @@ def annotate(module: nn.Module) -> int:
         known = _ANNOTATIONS.get(parameter, Annotation(name))
         # A module inside the FSDP1 one knows better names, but not what the outer unit cut: that is kept.
         _ANNOTATIONS[parameter] = replace(known, name=names[id(parameter)])
-    for parameter, shape, group, name in flat_slices(module):
-        _ANNOTATIONS[parameter] = Annotation(names.get(id(parameter), clean_name(name)), shape, group)
+    for piece, shape, group, name in flat_slices(module):
+        _ANNOTATIONS[piece] = Annotation(names.get(id(piece), clean_name(name)), shape, group)
     return len(names)
 
 
-def annotation(parameter: Tensor) -> Optional[Annotation]:
+def annotate_slice(
+    parameter: Tensor, name: str, shape: tuple[int, ...], group: ProcessGroup | None, cut: bool = True
+) -> None:
+    """Records what a slice that somebody cut out of a layer is a slice of.
+
+    Args:
+        parameter: the slice, as the optimizer will see it.
+        name: the layer's.
+        shape: the layer's.
+        group: the ranks that hold the other slices; None is all ranks.
+        cut: False if ``parameter`` has all elements of the layer.
+    """
+    if cut and group is None:
+        group = torch.distributed.group.WORLD
+    _ANNOTATIONS[parameter] = Annotation(name, shape, group if cut else None)
+
+
+def annotation(parameter: Tensor) -> Annotation | None:
     """What `annotate` recorded of ``parameter``, or None."""
     return _ANNOTATIONS.get(parameter)
 
 
-def true_name(parameter: Tensor) -> Optional[str]:
+def true_name(parameter: Tensor) -> str | None:
     """The parameter's name in its module, or None if no module was annotated."""
     known = annotation(parameter)
     return None if known is None else known.name
@@ -99,5 +117,5 @@ def true_shape(parameter: Tensor) -> tuple[int, ...]:
     if known is not None and known.shape is not None:
         return known.shape
     refuse_unannotated(parameter, known.name if known else "a parameter")
-    partitioned = getattr(parameter, "ds_shape", None)  # DeepSpeed ZeRO-3 empties the parameter and keeps its shape here
+    partitioned = getattr(parameter, "ds_shape", None)  # DeepSpeed ZeRO-3 empties the parameter, keeping its shape here
     return tuple(parameter.shape if partitioned is None else partitioned)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from lightning_lamb.errors import UnknownShardError
 from lightning_lamb.sharding.layout import Layer, Piece, Split
 
 
-def locate(parameter: Any, name: str) -> Optional[list[Piece]]:
+def locate(parameter: Any, name: str) -> list[Piece] | None:
     """The local piece of a DTensor; None for a plain tensor.
 
     Raises:
@@ -34,7 +34,9 @@ def locate(parameter: Any, name: str) -> Optional[list[Piece]]:
             "before the optimizer sees it."
         )
     # `_StridedShard.is_shard()` is False in torch 2.13 although it is one (FSDP2 over TP), hence "not replicated".
-    axes = tuple(axis for axis, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(axis) > 1)
+    axes = tuple(
+        axis for axis, placement in enumerate(placements) if not placement.is_replicate() and mesh.size(axis) > 1
+    )
     split = Split(mesh=mesh, axes=axes) if axes else None
     return [Piece(Layer(name, tuple(parameter.shape)), view=_local, split=split)]
 
@@ -94,8 +96,8 @@ def completed_gradients(parameters: Sequence[Any]) -> dict[int, Tensor]:
     return found
 
 
-def _summed_axes(parameter: Any, grad: Any) -> Optional[tuple[int, ...]]:
-    """The mesh axes along which the gradient is a sum of parts and the parameter a copy; None if they differ otherwise."""
+def _summed_axes(parameter: Any, grad: Any) -> tuple[int, ...] | None:
+    """Mesh axes along which the gradient is a sum of parts and the parameter a copy; None if they differ otherwise."""
     if grad.device_mesh != parameter.device_mesh:
         return None
     axes = []

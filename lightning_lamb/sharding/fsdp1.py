@@ -7,7 +7,7 @@ the wrapped module is read once (`annotate`), and an optimizer that meets a slic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-def flat_slices(module: nn.Module) -> Iterator[tuple[Tensor, tuple[int, ...], Optional[ProcessGroup], str]]:
+def flat_slices(module: nn.Module) -> Iterator[tuple[Tensor, tuple[int, ...], ProcessGroup | None, str]]:
     """Yields (slice, true shape, process group or None if unsharded, name in its unit) for each FSDP1 parameter.
 
     Raises:
@@ -38,8 +38,8 @@ def flat_slices(module: nn.Module) -> Iterator[tuple[Tensor, tuple[int, ...], Op
             raise UnknownShardError(_merged_message(flat))
         if any(extension is not None for extension in getattr(flat, "_param_extensions", None) or ()):
             raise UnknownShardError(
-                f"{', '.join(flat._fqns)}: FSDP1 over tensor parallelism cuts layers twice, and its units know one of the "
-                "two cuts. Use fully_shard (FSDP2) with tensor parallelism; in Lightning ModelParallelStrategy."
+                f"{', '.join(flat._fqns)}: FSDP1 over tensor parallelism cuts layers twice, and its units know one of "
+                "the two cuts. Use fully_shard (FSDP2) with tensor parallelism; in Lightning ModelParallelStrategy."
             )
         group = handle.process_group if handle.uses_sharded_strategy else None
         for parameter, shape, name in zip(flat._params, flat._shapes, flat._fqns):
@@ -47,7 +47,7 @@ def flat_slices(module: nn.Module) -> Iterator[tuple[Tensor, tuple[int, ...], Op
         # A parameter shared inside the unit appears once in `_params`; its other names point at the same object.
 
 
-def locate(parameter: Tensor, name: str) -> Optional[list[Piece]]:
+def locate(parameter: Tensor, name: str) -> list[Piece] | None:
     """The piece behind an annotated FSDP1 slice; None for anything else.
 
     Raises:
@@ -82,8 +82,8 @@ def refuse_unannotated(parameter: Tensor, name: str) -> None:
 
 def _merged_message(flat: Tensor, name: str = "flat_param") -> str:
     return (
-        f"{name}: rank {_rank()} holds a FlatParameter of {flat.numel()} elements in which FSDP1 merged several layers; "
-        "LAMB needs one norm per layer. Wrap with FullyShardedDataParallel(..., use_orig_params=True), "
+        f"{name}: rank {_rank()} holds a FlatParameter of {flat.numel()} elements in which FSDP1 merged several "
+        "layers; LAMB needs one norm per layer. Wrap with FullyShardedDataParallel(..., use_orig_params=True), "
         "in Lightning FSDPStrategy(use_orig_params=True), which is its default."
     )
 

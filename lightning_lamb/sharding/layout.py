@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -40,8 +40,8 @@ class Split:
         axes: the axes of ``mesh`` along which the layer is cut; along the other axes every rank holds a copy.
     """
 
-    group: Optional[ProcessGroup] = None
-    mesh: Optional[DeviceMesh] = None
+    group: ProcessGroup | None = None
+    mesh: DeviceMesh | None = None
     axes: tuple[int, ...] = ()
 
 
@@ -62,8 +62,8 @@ class Piece:
 
     layer: Layer
     view: Callable[[Tensor], Tensor] = field(default=_whole)
-    split: Optional[Split] = None
+    split: Split | None = None
 
 
-Locator = Callable[[Any, str], "Optional[list[Piece]]"]
+Locator = Callable[[Any, str], "list[Piece] | None"]
 """``(parameter, name) -> pieces``, or None where the layout is not this locator's."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -196,13 +196,13 @@ def _in_largest_mesh(pieces: Sequence[Piece]) -> list[Piece]:
     FSDP2 over tensor parallelism leaves layers without a tensor-parallel plan on the data-parallel mesh alone.
     """
     meshes = list(dict.fromkeys(piece.split.mesh for piece in pieces if piece.split and piece.split.mesh is not None))
-    largest = max(meshes, key=lambda mesh: mesh.ndim, default=None)
+    largest: Any = max(meshes, key=lambda mesh: mesh.ndim, default=None)
     moved = []
     for piece in pieces:
         split = piece.split
         if split is not None and split.mesh is not None and _is_part_of(split.mesh, largest):
-            names = [split.mesh.mesh_dim_names[axis] for axis in split.axes]
-            axes = tuple(largest.mesh_dim_names.index(name) for name in names)
+            names, all_names = split.mesh.mesh_dim_names or (), largest.mesh_dim_names
+            axes = tuple(all_names.index(names[axis]) for axis in split.axes)
             piece = replace(piece, split=Split(mesh=largest, axes=axes))
         moved.append(piece)
     return moved
@@ -219,7 +219,7 @@ def _is_cuda_only(group: Any) -> bool:
     return dist.get_backend(group) == "nccl"
 
 
-def gather_by_name(values: dict[str, Tensor], group: Optional[Any] = None) -> dict[str, float]:
+def gather_by_name(values: dict[str, Tensor], group: Any | None = None) -> dict[str, float]:
     """Merges per-layer values that different ranks hold (ZeRO-1) into one dictionary. One collective, reads the host.
 
     Args:

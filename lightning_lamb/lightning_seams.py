@@ -21,6 +21,9 @@ from torch.optim import Optimizer
 
 from lightning_lamb.errors import MissingDependencyError, PlanError
 
+__all__ = ["Callback", "LRSchedulerConfig", "LightningModule", "Trainer", "pl"]
+"""Lightning's names that the other modules take from here."""
+
 LIGHTNING_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
 
 
@@ -52,9 +55,7 @@ def load_lightning() -> ModuleType:
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
-    from lightning.pytorch import Callback as Callback  # noqa: PLC0414 - for the other modules
-    from lightning.pytorch import LightningModule as LightningModule  # noqa: PLC0414
-    from lightning.pytorch import Trainer as Trainer  # noqa: PLC0414
+    from lightning.pytorch import Callback, LightningModule, Trainer
     from lightning.pytorch.utilities.types import LRSchedulerConfig
 else:
     pl = load_lightning()
@@ -193,6 +194,33 @@ def load_train_data(trainer: Trainer) -> list[Any]:
     trainer.fit_loop.setup_data()
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else list(combined.flattened)
+
+
+def drop_data(trainer: Trainer, *, validation: bool) -> None:
+    """Forgets the training dataloader, so that the next epoch makes a new one. Writes ``_combined_loader``.
+
+    Args:
+        trainer: between two epochs.
+        validation: forget the validation dataloaders too.
+    """
+    trainer.fit_loop._combined_loader = None
+    if validation:
+        trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
+
+
+def end_epoch(trainer: Trainer) -> None:
+    """Makes the present micro-batch the last of its epoch; call it in ``on_train_batch_end`` at the end of a window.
+
+    The public way, -1 from ``on_train_batch_start``, costs a step of the scheduler and the gradient of a micro-batch.
+    Writes ``epoch_loop.batch_progress.is_last_batch``.
+    """
+    trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = True
+
+
+def limit_training(trainer: Trainer, max_steps: int) -> None:
+    """Makes optimizer steps, and no epochs, the length of the training. Writes ``epoch_loop.max_steps``."""
+    trainer.fit_loop.epoch_loop.max_steps = max_steps
+    trainer.fit_loop.max_epochs = -1
 
 
 def drop_train_data_before_resume(trainer: Trainer) -> None:

@@ -73,7 +73,7 @@ def run_ranks(
         for index in range(ranks):
             receiver, sender = context.Pipe(duplex=False)
             variables = _variables(index, ranks, port) | (environment or {})
-            plan = (worker, arguments, init_group, Path(folder), timeout, variables)
+            plan = (worker, arguments, init_group, Path(folder), time.time() + timeout, variables)
             with _environment(variables):  # what is read at start-up, OMP_NUM_THREADS, must be there before
                 process = context.Process(target=_run_rank, args=(index, ranks, sender, *plan), daemon=True)
                 process.start()
@@ -135,7 +135,7 @@ def _run_rank(
     arguments: tuple[Any, ...],
     init_group: bool,
     folder: Path,
-    timeout: float,
+    deadline: float,
     variables: dict[str, str],
 ) -> NoReturn:
     """Body of one process: output to a file, the result or the traceback to the pipe."""
@@ -145,7 +145,7 @@ def _run_rank(
     os.dup2(output.fileno(), 2)
     sys.stdout = sys.stderr = output
     # Where was it hanging? The stacks reach the parent with the output.
-    faulthandler.dump_traceback_later(max(1.0, timeout - 3.0), file=output)
+    faulthandler.dump_traceback_later(max(1.0, deadline - time.time() - 3.0), file=output)
     ok, value = True, None
     try:
         import torch

@@ -54,5 +54,5 @@ def test_a_dying_rank_is_reported_with_its_exit_code() -> None:
 
 
 def test_a_hang_costs_the_deadline_and_says_where_it_hangs() -> None:
-    with pytest.raises(RankError, match=r"(?s)did not finish.*time\.sleep|did not finish.*in hang"):
-        run_ranks(hang, 1, timeout=12, init_group=False)
+    with pytest.raises(RankError, match=r"(?s)did not finish.*in hang"):
+        run_ranks(hang, 1, timeout=20, init_group=False)

@@ -65,7 +65,7 @@ class LargeBatch(Callback):
         exact_windows: Average over all samples (or reported counts) of a window, also when its micro-batches are uneven
             or the last window of an epoch is short. False: Lightning's mean of means.
         loss_reduction: What training_step returns: the "mean" over the samples (or the count given to
-            lightning_lamb.report_count), or their "sum".
+            lightning_lamb.callbacks.report_count), or their "sum".
         scheduler_interval: When schedulers step: after every optimizer "step" or "epoch". StagedWarmup: always "step".
         on_plan_change: When a checkpoint was made with another global batch or learning-rate rule: "error", or "adopt"
             to continue with this run's.

@@ -263,9 +263,12 @@ def test_two_ranks_train_and_clip_like_one_whatever_the_sharding(kind: str) -> N
     optimizer = fit(
         whole, max_epochs=2, gradient_clip_val=0.05, callbacks=[LargeBatch(8, warmup_steps=2)], micro_batch=2
     ).optimizers[0]
+    tolerance = 1e-6 if kind == "fsdp1" else 1e-9  # Lightning's FSDP1 strategy turns the module to float32
     for result in run_ranks(trained_on_a_rank, 2, kind, 0.05, init_group=False):
         assert result["decays"] == [0.01, 0.0]
-        assert result["ratios"] == pytest.approx({n: float(r) for n, r in optimizer.trust_ratios.items()}, rel=1e-9)
+        assert result["ratios"] == pytest.approx(
+            {n: float(r) for n, r in optimizer.trust_ratios.items()}, rel=tolerance
+        )
         assert result["weight_norms"] == pytest.approx(
-            {n: float(r) for n, r in optimizer.weight_norms.items()}, rel=1e-9
+            {n: float(r) for n, r in optimizer.weight_norms.items()}, rel=tolerance
         )

@@ -12,6 +12,7 @@ INTRODUCTION = """\
 Written by `examples/benchmarks/step_time.py`; do not edit by hand. To repeat it:
 
 ```bash
+# costs too long to run here: minutes, on a machine that should do nothing else meanwhile
 {command}
 ```
 

@@ -15,6 +15,7 @@ import math
 import os
 import random
 import re
+import shlex
 import statistics
 import sys
 import time
@@ -174,7 +175,7 @@ def main() -> None:
     reasons = {contender.name: reason_not_to_run(contender, args.device) for contender in chosen}
     running = [contender for contender in chosen if reasons[contender.name] is None]
     results: dict[str, Any] = {
-        "command": " ".join(["python", "examples/benchmarks/step_time.py", *sys.argv[1:]]),
+        "command": shlex.join(["python", "examples/benchmarks/step_time.py", *sys.argv[1:]]),
         "machine": machine.describe(args.device),
         "rounds": args.rounds,
         "device": args.device,

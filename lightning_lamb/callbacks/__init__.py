@@ -1,9 +1,10 @@
-"""Callbacks for Lightning's Trainer: `LargeBatch` and `TrustRatioMonitor`."""
+"""Callbacks for Lightning's Trainer: `LargeBatch`, `ThroughputMonitor` and `TrustRatioMonitor`."""
 
 from __future__ import annotations
 
 from lightning_lamb.callbacks.large_batch import LargeBatch
+from lightning_lamb.callbacks.throughput import ThroughputMonitor
 from lightning_lamb.callbacks.trust_ratio_monitor import TrustRatioMonitor
 from lightning_lamb.callbacks.windows import report_count
 
-__all__ = ["LargeBatch", "TrustRatioMonitor", "report_count"]
+__all__ = ["LargeBatch", "ThroughputMonitor", "TrustRatioMonitor", "report_count"]

@@ -15,7 +15,8 @@ wordpiece = module("bert", "bert_wordpiece")
 samples = module("bert", "bert_samples")
 stream = module("bert", "bert_stream")
 
-WORDS = "the cat sees a red dog under every old tree while some birds sing loudly over quiet rivers and hills".split()
+TEXT = "the cat sees a red dog under every old tree while some birds sing loudly over quiet rivers and hills"
+WORDS = TEXT.split()
 
 
 def sentence(random: np.random.Generator) -> str:
@@ -75,9 +76,9 @@ def test_a_directory_of_text_files_and_text_without_double_blank_lines_are_read(
 
 
 def test_missing_and_too_short_texts_say_what_to_give(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="is no file. Give a text file"):
+    with pytest.raises(FileNotFoundError, match=r"is no file\. Give a text file"):
         corpus.corpus_of(str(tmp_path / "none.txt"))
-    with pytest.raises(FileNotFoundError, match="has no .txt file in it"):
+    with pytest.raises(FileNotFoundError, match=r"has no \.txt file in it"):
         corpus.corpus_of(str(tmp_path))
     (tmp_path / "short.txt").write_text("One paragraph is not enough for that.", encoding="utf-8")
     with pytest.raises(ValueError, match="holds 1 documents, too few"):

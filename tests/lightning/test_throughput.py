@@ -1,0 +1,101 @@
+"""ThroughputMonitor counts what a step really took in, and does not count what is no training."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_lamb import LargeBatch
+from lightning_lamb.callbacks import ThroughputMonitor
+from lightning_lamb.errors import InvalidOptionError
+from tests.lightning.toys import Batches, Regression, quiet_trainer, regression_data
+
+
+class Texts(Dataset):
+    """Dicts, as tokenized text comes: 12 token ids and the numbers that Regression learns from."""
+
+    def __init__(self, samples: int) -> None:
+        self.numbers = regression_data(samples)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        inputs, targets = self.numbers[index]
+        return {"input_ids": torch.arange(12), "inputs": inputs, "targets": targets}
+
+
+class Reader(Regression):
+    """Regression on dicts; takes 2 ms per micro-batch, and 50 ms to validate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[dict[str, float]] = []
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        time.sleep(0.002)
+        return super().training_step([batch["inputs"], batch["targets"]], batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        time.sleep(0.05)
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        if name == "samples_per_step":
+            self.logged.append({})
+        if self.logged:
+            self.logged[-1][name] = float(value)
+
+
+class Validated(Batches):
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(Texts(4), 4)
+
+
+def fitted(monitor: ThroughputMonitor, **options: Any) -> list[dict[str, float]]:
+    module = Reader()
+    trainer = quiet_trainer(callbacks=[LargeBatch(global_batch_size=12), monitor], num_sanity_val_steps=0, **options)
+    trainer.fit(module, Validated(Texts(32), 4))
+    return module.logged
+
+
+def test_samples_and_tokens_are_counted_per_optimizer_step_also_in_short_windows():
+    monitor = ThroughputMonitor(tokens="input_ids")
+    steps = fitted(monitor, max_epochs=2)
+    assert [step["samples_per_step"] for step in steps] == [12, 12, 8] * 2
+    assert [(samples, tokens) for _, samples, tokens in monitor.steps] == [(12, 144), (12, 144), (8, 96)] * 2
+    for step in steps:
+        assert step["tokens_per_second"] == pytest.approx(12 * step["samples_per_second"])
+        assert 0 < step["samples_per_second"] <= 4 / 0.002
+
+
+def test_the_remaining_time_reaches_zero_and_leaves_validation_out():
+    monitor = ThroughputMonitor()
+    steps = fitted(monitor, max_epochs=4, val_check_interval=1)
+    assert len(steps) == 12
+    assert steps[-1]["eta_minutes"] == 0
+    assert steps[0]["eta_minutes"] > 0
+    # 32 micro-batches were validated after, 50 ms each: 12 steps would take 1.6 s more with that.
+    total = sum(seconds for seconds, _, _ in monitor.steps)
+    assert 32 * 0.002 < total < 1.6
+    assert "tokens_per_second" not in steps[0]
+
+
+def test_a_training_without_an_end_has_no_remaining_time():
+    steps = fitted(ThroughputMonitor(), max_epochs=-1, max_time={"seconds": 1})
+    assert steps
+    assert not any("eta_minutes" in step for step in steps)
+
+
+def test_a_key_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(InvalidOptionError, match=r"tokens='ids'.*it has input_ids, inputs, targets"):
+        fitted(ThroughputMonitor(tokens="ids"), max_epochs=1)
+    with pytest.raises(InvalidOptionError, match=r"it has no keys \(a list\)"):
+        quiet_trainer(callbacks=[ThroughputMonitor(tokens="input_ids")], max_epochs=1).fit(
+            Regression(), DataLoader(regression_data(8), 4)
+        )
+    with pytest.raises(InvalidOptionError, match="window"):
+        ThroughputMonitor(window=0)

@@ -107,6 +107,11 @@ class StagedWarmup(LRScheduler):
         """Optimizer steps of all stages together; None while unknown."""
         return None if self.stages is None else total_steps_of(self.stages)
 
+    @property
+    def is_unplanned(self) -> bool:
+        """Whether nothing was said about the schedule yet: no stages, length, warm-up or decay."""
+        return self.stages is None and self.single_stage == _SingleStage()
+
     def set_total_steps(self, total_steps: int) -> None:
         """Fill in the length of the training, and set the learning rates of the current step.
 
@@ -130,6 +135,18 @@ class StagedWarmup(LRScheduler):
         if self.stages is not None:
             self._check_same_plan(self.stages, planned, old_name="the scheduler", new_name="set_total_steps")
         self.stages = planned
+        self._write_learning_rates()
+
+    def set_stages(self, stages: list[Stage] | list[dict[str, Any]]) -> None:
+        """Fill in the whole plan of a scheduler that was made without one, and set the current learning rates.
+
+        Raises:
+            PlanError: It has another plan already (unless ``on_plan_change="adopt"``); nothing is changed.
+        """
+        planned = as_stages(stages)
+        if self.stages is not None and planned != self.stages:
+            self._check_same_plan(self.stages, planned, old_name="the scheduler", new_name="set_stages")
+        self.stages, self._given_stages = planned, True
         self._write_learning_rates()
 
     def get_lr(self) -> list[Any]:

@@ -10,7 +10,8 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lamb.callbacks import schedule
+from lightning_lamb.callbacks import schedule, stage_switch
+from lightning_lamb.callbacks.batch_stages import BatchStage, StagedBatches
 from lightning_lamb.callbacks.conflicts import refuse_conflicts, refuse_double_clipping
 from lightning_lamb.callbacks.learning_rate import multiply_learning_rates
 from lightning_lamb.callbacks.live_parameters import LiveParameters
@@ -19,9 +20,11 @@ from lightning_lamb.callbacks.micro_batch import (
     declared_micro_batch,
     micro_batch_of_loaders,
     refuse_other_micro_batch,
+    refuse_short_epoch,
 )
 from lightning_lamb.callbacks.rules import BatchRules
-from lightning_lamb.callbacks.summary import DerivedBatch, describe
+from lightning_lamb.callbacks.stage_options import StageOptions
+from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages
 from lightning_lamb.callbacks.windows import WindowMean
 from lightning_lamb.checks import one_of, whole_number
 from lightning_lamb.errors import BatchSizeError, ConflictError, PlanError
@@ -31,6 +34,7 @@ from lightning_lamb.lightning_seams import (
     Trainer,
     data_parallel_size,
     drop_train_data_before_resume,
+    end_epoch,
     inner_optimizer,
     is_deepspeed,
     module_that_knows,
@@ -60,8 +64,15 @@ class LargeBatch(Callback):
         warmup_fraction: Share of the training that is warm-up at base_batch_size; grows in proportion to the batch.
         warmup_steps: Warm-up in optimizer steps, instead of warmup_fraction.
         lr_scaling: How the learning rate follows the batch: "sqrt", "linear" or "none".
-        micro_batch_size: Samples per forward pass and rank. None: read from the data module or the dataloader.
+        micro_batch_size: Samples per forward pass and rank; with stages, or a recipe that has some, also a list of one
+            per stage. None: read from the data module or the dataloader.
         recipe: Name of a recipe (see `python -m lightning_lamb plan --help`) that gives what is left out above.
+        stages: A training in stages, instead of global_batch_size: a list of BatchStage or of dicts of its fields. The
+            Trainer's max_steps is set to their total.
+        doublings: How often the batch doubles during the training, from global_batch_size on, while the learning rate
+            stays constant after the warm-up: stages that see equally many samples.
+        total_samples: Samples of the whole training, for stages that give their share of them, and for doublings.
+            None: from the Trainer's max_steps.
         exact_windows: Average over all samples (or reported counts) of a window, also when its micro-batches are uneven
             or the last window of an epoch is short. False: Lightning's mean of means.
         loss_reduction: What training_step returns: the "mean" over the samples (or the count given to
@@ -86,18 +97,23 @@ class LargeBatch(Callback):
         warmup_fraction: float = 0.0,
         warmup_steps: int | None = None,
         lr_scaling: Literal["sqrt", "linear", "none"] | None = None,
-        micro_batch_size: int | None = None,
+        micro_batch_size: int | list[int] | None = None,
         recipe: str | None = None,
+        stages: list[BatchStage] | list[dict[str, Any]] | None = None,
+        doublings: int = 0,
+        total_samples: int | None = None,
         exact_windows: bool = True,
         loss_reduction: Literal["mean", "sum"] = "mean",
         scheduler_interval: Literal["step", "epoch"] = "step",
         on_plan_change: Literal["error", "adopt"] = "error",
     ) -> None:
         super().__init__()
-        self.rules = BatchRules.of(
-            global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling, recipe
-        )
-        self.micro_batch_size = None if micro_batch_size is None else whole_number("micro_batch_size", micro_batch_size)
+        given = (global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling)
+        self.stage_options = StageOptions.of(*given, recipe, stages, doublings, total_samples, micro_batch_size)
+        self.rules = BatchRules.of(*given, recipe) if self.stage_options is None else self.stage_options.rules
+        self.micro_batch_size = None
+        if micro_batch_size is not None and self.stage_options is None:
+            self.micro_batch_size = whole_number("micro_batch_size", micro_batch_size)
         one_of("loss_reduction", loss_reduction, ("mean", "sum"))
         one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
         one_of("on_plan_change", on_plan_change, ("error", "adopt"))
@@ -106,9 +122,14 @@ class LargeBatch(Callback):
         self.scheduler_interval = scheduler_interval
         self.on_plan_change = on_plan_change
         self.derived: DerivedBatch | None = None
+        self.plan: StagedBatches | None = None
+        """The stages with their steps, in a training that has some."""
+        self.stage = 0
+        """The index of the present one."""
         self._before: LiveParameters | None = None
         self._window: WindowMean | None = None
         self._restored: dict[str, Any] = {}
+        self._batches: list[DerivedBatch] = []
 
     # ---- before the optimizers exist
 
@@ -119,9 +140,14 @@ class LargeBatch(Callback):
         own = None if self.derived is None else self.derived.accumulate_grad_batches
         refuse_conflicts(trainer, pl_module, own)
         trainer.accumulate_grad_batches = 1
-        self.derived, self._restored = None, {}
+        self.derived, self.plan, self.stage, self._restored = None, None, 0, {}
         self._before = LiveParameters(pl_module)
-        if declared_micro_batch(trainer, self.micro_batch_size) is not None or not data_comes_from_module(trainer):
+        if self.stage_options is not None:
+            self._batches = []
+            self.plan = self.stage_options.plan(trainer)
+            stage_switch.fit_length(trainer, self.plan)
+            stage_switch.refuse_impossible_data(trainer, pl_module, self.plan)
+        if self._declared_micro_batch(trainer) is not None or not data_comes_from_module(trainer):
             self._set_accumulation(trainer)
         elif strategy_accumulates(trainer):
             raise BatchSizeError(
@@ -132,13 +158,63 @@ class LargeBatch(Callback):
     def _set_accumulation(self, trainer: Trainer) -> DerivedBatch:
         """Derives the accumulation, once per ``fit``. Loads the dataloader if nothing else tells the micro-batch."""
         if self.derived is None:
+            ranks = data_parallel_size(trainer)
+            if self.stage_options is not None and self.plan is not None:
+                self._batches = self.stage_options.batches(trainer, self.plan, ranks)
+                self._enter_stage(trainer, 0)
+                assert self.derived is not None
+                return self.derived
             micro = declared_micro_batch(trainer, self.micro_batch_size)
             micro = micro_batch_of_loaders(trainer) if micro is None else micro
-            ranks = data_parallel_size(trainer)
             steps = accumulate_grad_batches(self.rules.global_batch_size, micro, ranks)
             trainer.accumulate_grad_batches = steps
             self.derived = DerivedBatch(self.rules.global_batch_size, micro, ranks, steps)
         return self.derived
+
+    def _declared_micro_batch(self, trainer: Trainer) -> int | None:
+        """The micro-batch that is known without making a dataloader, in the first stage if there are stages."""
+        if self.stage_options is None or self.plan is None:
+            return declared_micro_batch(trainer, self.micro_batch_size)
+        return self.stage_options.declared_micro_batch(trainer, 0)
+
+    # ---- stages
+
+    def _enter_stage(self, trainer: Trainer, index: int) -> None:
+        """Sets accumulation and data of a stage. The learning rate is the schedule's, a function of the step."""
+        assert self.plan is not None
+        batch = self._batches[index]
+        rates = () if self.derived is None else self.derived.learning_rates
+        self.stage, self.derived = index, dataclasses.replace(batch, learning_rates=rates)
+        trainer.accumulate_grad_batches = batch.accumulate_grad_batches
+        stage_switch.apply_stage(trainer, self.plan.stages[index], batch.micro_batch_size)
+        if self._window is not None:
+            self._window = WindowMean(batch.micro_batch_size, self.loss_reduction)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ends the epoch where a stage ends: the next one begins with data of its own."""
+        if self.plan is not None and self.plan.at(trainer.global_step) != self.stage:
+            end_epoch(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Enters the next stage where one ended."""
+        if self.plan is None or self.plan.at(trainer.global_step) == self.stage:
+            return
+        self._enter_stage(trainer, self.plan.at(trainer.global_step))
+        assert self.derived is not None
+        stage = self.plan.stages[self.stage]
+        stage_switch.reload_data(trainer, stage)
+        rank_zero_info(
+            f"LargeBatch: stage {self.stage + 1} of {len(self.plan.stages)} from step {trainer.global_step}: "
+            + describe_batch(self.derived)
+            + "".join(f", {name}={value}" for name, value in stage.data.items())
+        )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks the data of a stage that began."""
+        if self.plan is not None and not trainer.sanity_checking:  # type: ignore[attr-defined]
+            self._check_data(trainer)
 
     # ---- between the optimizers and the checkpoint
 
@@ -154,7 +230,7 @@ class LargeBatch(Callback):
         refuse_double_clipping(trainer, optimizers)
 
         schedule.set_interval(trainer, self.scheduler_interval)
-        factor = self.rules.lr_factor(optimizers[0])
+        factor = 1.0 if self.plan is not None else self.rules.lr_factor(optimizers[0])
         multiply_learning_rates(optimizers, schedule.schedulers_of(trainer), factor)
         rates = tuple(float(group.get("initial_lr", group["lr"])) for group in optimizers[0].param_groups)
         total, ramp = self._schedule(trainer)
@@ -171,6 +247,9 @@ class LargeBatch(Callback):
         staged = schedule.staged_warmup_of(trainer)
         if staged is not None and self.on_plan_change == "adopt":
             staged.on_plan_change = "adopt"
+        if self.plan is not None:
+            schedule.set_stages(trainer, self.plan.schedule(), on_plan_change=self.on_plan_change)
+            return self.plan.total_steps, None
         if not schedule.needs_total(trainer, self.rules.asks_for_warmup):
             return (None if staged is None else staged.total_steps), None
         total = total_optimizer_steps(trainer)
@@ -193,6 +272,9 @@ class LargeBatch(Callback):
         else:
             windows = f"mean over all samples of a window, or over report_count (training_step: {self.loss_reduction})"
         schedules = "; ".join(names) or "none: constant learning rate"
+        if self.plan is not None:
+            rank_zero_info(describe_stages(self._batches, self.plan.table(), schedule=schedules, windows=windows))
+            return
         rank_zero_info(describe(derived, lr_rule=self.rules.describe_lr(), schedule=schedules, windows=windows))
 
     # ---- resuming
@@ -206,6 +288,8 @@ class LargeBatch(Callback):
         if saved is None or not trainer.training:
             return
         differences = self.rules.differences(saved["rules"])
+        if self.plan is not None or saved.get("stages"):
+            differences = self._stage_differences(saved.get("stages")) or differences
         if differences and self.on_plan_change == "error":
             raise PlanError(
                 "the checkpoint was made with another plan; nothing was loaded or overwritten:\n"
@@ -213,6 +297,9 @@ class LargeBatch(Callback):
                 + '\nGive LargeBatch the same values again, or on_plan_change="adopt" to continue with the new ones.'
             )
         derived = self._set_accumulation(trainer)
+        if self.plan is not None and self.plan.at(checkpoint["global_step"]) != self.stage:
+            self._enter_stage(trainer, self.plan.at(checkpoint["global_step"]))
+            derived = self._set_accumulation(trainer)
         if saved["accumulate_grad_batches"] != derived.accumulate_grad_batches:
             shift_micro_batch_counters(checkpoint, saved["accumulate_grad_batches"], derived.accumulate_grad_batches)
         if saved["open_window"]:
@@ -225,21 +312,28 @@ class LargeBatch(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the plan against the data that was loaded, before the first micro-batch."""
-        derived = self._set_accumulation(trainer)
-        refuse_other_micro_batch(trainer, derived.micro_batch_size)
-        batches, needed = trainer.num_training_batches, derived.accumulate_grad_batches
-        if batches < needed and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            largest = int(batches) * derived.micro_batch_size * derived.data_parallel_size
-            raise BatchSizeError(
-                f"global_batch_size={derived.global_batch_size} needs {needed} micro-batches per optimizer step, but "
-                f"an epoch has {batches} per rank: a step would end with the epoch, on fewer samples. Use a global "
-                f"batch of at most {largest}, or more data per epoch (limit_train_batches cuts it too)."
-            )
+        derived = self._check_data(trainer)
         restored = self._restored.get("lr_factor", derived.lr_factor)
         if restored != derived.lr_factor:  # only with on_plan_change="adopt"
             factor = derived.lr_factor / restored
             multiply_learning_rates(trainer.optimizers, schedule.schedulers_of(trainer), factor)
         self._restored = {}
+
+    def _check_data(self, trainer: Trainer) -> DerivedBatch:
+        """Compares the dataloader that was made with the batch that was planned."""
+        derived = self._set_accumulation(trainer)
+        refuse_other_micro_batch(trainer, derived.micro_batch_size)
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            refuse_short_epoch(trainer.num_training_batches, derived)
+        return derived
+
+    def _stage_differences(self, saved: list[dict[str, Any]] | None) -> list[str]:
+        """What differs from the stages in a checkpoint."""
+        if self.plan is None:
+            return [f"stages: {len(saved or [])} in the checkpoint, none now"]
+        if not saved:
+            return [f"stages: none in the checkpoint, {len(self.plan.stages)} now"]
+        return self.plan.differences(saved)
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and dicts only, so that ``torch.load(weights_only=True)`` reads it."""
@@ -247,6 +341,7 @@ class LargeBatch(Callback):
             return {}
         return {
             "rules": dataclasses.asdict(self.rules),
+            "stages": None if self.plan is None else self.plan.to_list(),
             **{key: value for key, value in dataclasses.asdict(self.derived).items() if key != "learning_rates"},
             "open_window": 0 if self._window is None else self._window.micro_batches,
         }

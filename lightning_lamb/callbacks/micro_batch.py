@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from lightning_lamb.callbacks.summary import DerivedBatch
 from lightning_lamb.errors import BatchSizeError
 from lightning_lamb.lightning_seams import LightningModule, Trainer, load_train_data, train_data_source
 
@@ -64,6 +65,25 @@ def refuse_other_micro_batch(trainer: Trainer, micro_batch_size: int) -> None:
                 f"LargeBatch planned with micro_batch_size={micro_batch_size}, but the training dataloader gives "
                 f"batches of {size}: the global batch would be wrong by {size / micro_batch_size:g}. Make them equal."
             )
+
+
+def refuse_short_epoch(batches: float, derived: DerivedBatch) -> None:
+    """Compares a window with the epoch.
+
+    Args:
+        batches: micro-batches per epoch and rank.
+        derived: the batch that was planned.
+
+    Raises:
+        BatchSizeError: the window is longer.
+    """
+    if batches < derived.accumulate_grad_batches:
+        largest = int(batches) * derived.micro_batch_size * derived.data_parallel_size
+        raise BatchSizeError(
+            f"global_batch_size={derived.global_batch_size} needs {derived.accumulate_grad_batches} micro-batches per "
+            f"optimizer step, but an epoch has {batches} per rank: a step would end with the epoch, on fewer samples. "
+            f"Use a global batch of at most {largest}, or more data per epoch (limit_train_batches cuts it too)."
+        )
 
 
 def data_comes_from_module(trainer: Trainer) -> bool:

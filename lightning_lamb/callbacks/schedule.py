@@ -12,7 +12,7 @@ from lightning_lamb.lightning_seams import (
     scheduler_configs,
     total_optimizer_steps,
 )
-from lightning_lamb.schedules import StagedWarmup
+from lightning_lamb.schedules import Stage, StagedWarmup
 
 
 def schedulers_of(trainer: Trainer) -> list[Any]:
@@ -94,3 +94,23 @@ def set_warmup(trainer: Trainer, warmup_steps: int, total_steps: int, **options:
         )
     staged.single_stage = dataclasses.replace(single, warmup_steps=warmup_steps)
     staged.set_total_steps(total_steps)
+
+
+def set_stages(trainer: Trainer, stages: list[Stage], **options: Any) -> None:
+    """Gives the Trainer's schedule the stages: to a StagedWarmup that has no options of its own, or by adding one.
+
+    Raises:
+        ConflictError: the configured schedule says something about the learning rate too.
+    """
+    existing = schedulers_of(trainer)
+    if not existing:
+        add_step_scheduler(trainer, StagedWarmup(trainer.optimizers[0], stages, **options), name="lr")
+        return
+    staged = staged_warmup_of(trainer)
+    if staged is None or staged.total_steps is not None or not staged.is_unplanned:
+        names = ", ".join(type(scheduler).__name__ for scheduler in existing)
+        raise ConflictError(
+            f"LargeBatch has stages, which set the learning rate, and the schedule is {names}: remove it, or leave all "
+            "options of StagedWarmup out and give warmup_steps, shape, power and decay_from in LargeBatch's stages."
+        )
+    staged.set_stages(stages)

@@ -40,11 +40,9 @@ def describe(derived: DerivedBatch, *, lr_rule: str, schedule: str, windows: str
         windows: how a window's gradient is averaged.
     """
     d = derived
-    ranks = "1 rank" if d.data_parallel_size == 1 else f"{d.data_parallel_size} data-parallel ranks"
     rates = " / ".join(f"{rate:.6g}" for rate in dict.fromkeys(d.learning_rates))
-    product = f"micro-batch {d.micro_batch_size} x {ranks} x {d.accumulate_grad_batches} accumulated"
     lines = [
-        f"global batch   {d.global_batch_size} samples = {product}",
+        f"global batch   {describe_batch(d)}",
         f"learning rate  {rates} ({lr_rule})",
     ]
     if d.total_steps is not None:
@@ -53,4 +51,19 @@ def describe(derived: DerivedBatch, *, lr_rule: str, schedule: str, windows: str
         share = f" ({d.warmup_steps / d.total_steps:.1%})" if d.total_steps else ""
         lines.append(f"warm-up        {d.warmup_steps} optimizer steps{share}")
     lines += [f"schedule       {schedule}", f"gradient       {windows}"]
+    return "LargeBatch\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def describe_batch(derived: DerivedBatch) -> str:
+    """A global batch and what it consists of."""
+    d = derived
+    ranks = "1 rank" if d.data_parallel_size == 1 else f"{d.data_parallel_size} data-parallel ranks"
+    product = f"micro-batch {d.micro_batch_size} x {ranks} x {d.accumulate_grad_batches} accumulated"
+    return f"{d.global_batch_size} samples = {product}"
+
+
+def describe_stages(batches: list[DerivedBatch], table: str, *, schedule: str, windows: str) -> str:
+    """The text that LargeBatch prints once for a training in stages, on rank zero."""
+    lines = [*table.splitlines(), *(f"stage {index + 1}: {describe_batch(b)}" for index, b in enumerate(batches))]
+    lines += [f"schedule: {schedule}", f"gradient: {windows}"]
     return "LargeBatch\n" + "\n".join(f"  {line}" for line in lines)

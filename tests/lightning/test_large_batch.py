@@ -270,11 +270,9 @@ def test_a_recipe_gives_what_is_left_out() -> None:
     assert LargeBatch(recipe="resnet50").rules.global_batch_size == 32768
 
 
-def test_an_unknown_recipe_and_one_in_stages_are_refused() -> None:
+def test_an_unknown_recipe_is_refused() -> None:
     with pytest.raises(InvalidOptionError, match=r"recipe='bert'.*bert-large"):
         LargeBatch(recipe="bert")
-    with pytest.raises(InvalidOptionError, match=r"bert-large-mixed.*2 stages"):
-        LargeBatch(recipe="bert-large-mixed")
 
 
 # ---- conflicts and options

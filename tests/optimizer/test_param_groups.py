@@ -130,6 +130,7 @@ def test_tied_weights_appear_once_and_frozen_parameters_do_not_break_the_groups(
     groups = lamb_param_groups(model)
     parameters = [parameter for group in groups for _, parameter in group["params"]]
     assert len({id(parameter) for parameter in parameters}) == len(parameters)
+    assert all(parameter.requires_grad for parameter in parameters)
     optimizer = Lamb(groups)
     for parameter in model.parameters():
         if parameter.requires_grad:

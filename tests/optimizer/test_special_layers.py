@@ -169,7 +169,7 @@ def test_gradient_with_other_strides_than_its_weight_gives_the_same_step(foreach
 @FORMS
 @OPTIMIZERS
 def test_mixed_dtypes_in_one_group_each_step_in_their_own(optimizer_class, foreach):
-    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float64)
+    dtypes = (torch.bfloat16, torch.float64, torch.float32, torch.float64)
     together = [nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3).to(dtype)) for dtype in dtypes]
     alone = [nn.Parameter(p.detach().clone()) for p in together]
     optimizer = optimizer_class(together, lr=0.1, foreach=foreach)

@@ -12,6 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_lamb.callbacks.batch_stages import BatchStage, StagedBatches
+from lightning_lamb.callbacks.large_batch import large_batch_of
+from lightning_lamb.callbacks.stage_switch import LENGTH_OPTIONS
 from lightning_lamb.callbacks.windows import samples_in
 from lightning_lamb.checks import whole_number
 from lightning_lamb.errors import InvalidOptionError
@@ -24,7 +27,8 @@ class ThroughputMonitor(Callback):
     Logs ``samples_per_step`` (counted, over all ranks), ``samples_per_second``, with `tokens` also
     ``tokens_per_second``, and ``eta_minutes``, all from the last steps. Loading the data counts, validation does not.
     Other ranks are taken to see as much as this one: there is no communication, and the device is not synchronised, so
-    that the first numbers on a GPU are those of a queue that fills.
+    that the first numbers on a GPU are those of a queue that fills. The remaining time of later stages of a LargeBatch
+    is estimated from their samples, times their sequence length.
 
     Args:
         tokens: Key of a tensor in the batch whose elements are tokens, padding included, such as "input_ids". None: do
@@ -44,6 +48,7 @@ class ThroughputMonitor(Callback):
         self._started = math.nan
         self._steps_done = 0
         self._total_steps: int | None = None
+        self._plan: StagedBatches | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets an earlier ``fit``."""
@@ -51,6 +56,8 @@ class ThroughputMonitor(Callback):
         self._open, self._steps_done = (0.0, 0, 0), trainer.global_step
         bounded = trainer.max_steps != -1 or trainer.max_epochs not in (None, -1)
         self._total_steps = total_optimizer_steps(trainer) if bounded else None
+        large_batch = large_batch_of(trainer)
+        self._plan = None if large_batch is None else large_batch.plan
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock before the first micro-batch is loaded."""
@@ -71,6 +78,8 @@ class ThroughputMonitor(Callback):
         self._open = (seconds, samples + samples_in(batch) * ranks, tokens + self._tokens_in(batch) * ranks)
         if trainer.global_step == self._steps_done:
             return
+        if self._plan is not None and self._plan.at(trainer.global_step - 1) != self._plan.at(self._steps_done - 1):
+            self.steps.clear()  # steps of another size
         self._steps_done = trainer.global_step
         self.steps.append(self._open)
         pl_module.log("samples_per_step", float(self._open[1]), rank_zero_only=True)
@@ -85,9 +94,19 @@ class ThroughputMonitor(Callback):
         if self.tokens is not None:
             rates["tokens_per_second"] = tokens / seconds
         if self._total_steps is not None:
-            remaining = max(self._total_steps - self._steps_done, 0)
-            rates["eta_minutes"] = remaining * seconds / len(self.steps) / 60
+            rates["eta_minutes"] = self._steps_to_go(self._total_steps) * seconds / len(self.steps) / 60
         return rates
+
+    def _steps_to_go(self, total_steps: int) -> float:
+        """The remaining steps, those of later stages converted into steps of the present one's size."""
+        if self._plan is None:
+            return float(max(total_steps - self._steps_done, 0))
+        present = work_per_step(self._plan.stages[self._plan.at(self._steps_done - 1)])
+        to_go = 0.0
+        for index, stage in enumerate(self._plan.stages):
+            steps = min(self._plan.end_of(index) - self._steps_done, self._plan.steps[index])
+            to_go += max(steps, 0) * work_per_step(stage) / present
+        return to_go
 
     def _tokens_in(self, batch: Any) -> int:
         if self.tokens is None:
@@ -100,3 +119,9 @@ class ThroughputMonitor(Callback):
                 "the key of the token ids, or leave tokens out."
             )
         return found.numel()
+
+
+def work_per_step(stage: BatchStage) -> int:
+    """Samples of an optimizer step, times their sequence length where the stage sets it."""
+    lengths = [stage.data[name] for name in LENGTH_OPTIONS if isinstance(stage.data.get(name), int)]
+    return stage.global_batch_size * (lengths[0] if lengths else 1)

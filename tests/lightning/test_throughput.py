@@ -84,6 +84,23 @@ def test_the_remaining_time_reaches_zero_and_leaves_validation_out():
     assert "tokens_per_second" not in steps[0]
 
 
+def test_the_remaining_time_knows_that_later_stages_have_other_steps():
+    """Stage 2 has steps of 4 samples of 6 tokens, stage 1 of 12 of 3: two thirds of the work."""
+    stages = [
+        {"steps": 3, "global_batch_size": 12, "data": {"sequence_length": 3}},
+        {"steps": 4, "global_batch_size": 4, "data": {"sequence_length": 6}},
+    ]
+    monitor, module = ThroughputMonitor(window=50), Reader()
+    data = Validated(Texts(36), 4)
+    data.sequence_length = 0
+    quiet_trainer(callbacks=[LargeBatch(stages=stages), monitor]).fit(module, data)
+    assert [step["samples_per_step"] for step in module.logged] == [12, 12, 12, 4, 4, 4, 4]
+    assert len(monitor.steps) == 4  # of the last stage only
+    seconds_per_step = module.logged[0]["samples_per_step"] / module.logged[0]["samples_per_second"]
+    assert module.logged[0]["eta_minutes"] * 60 == pytest.approx((2 + 4 * 24 / 36) * seconds_per_step)
+    assert module.logged[-1]["eta_minutes"] == 0
+
+
 def test_a_training_without_an_end_has_no_remaining_time():
     steps = fitted(ThroughputMonitor(), max_epochs=-1, max_time={"seconds": 1})
     assert steps

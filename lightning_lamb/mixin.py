@@ -140,5 +140,5 @@ class LambMixin:
     # ---- accumulation
 
     def report_count(self, count: float | Tensor) -> None:
-        """Tells LargeBatch what this ``training_step``'s loss is averaged over; see `lightning_lamb.callbacks.report_count`."""
+        """Tells LargeBatch what this loss is averaged over; see `lightning_lamb.callbacks.report_count`."""
         report_count(self, count)  # type: ignore[arg-type]

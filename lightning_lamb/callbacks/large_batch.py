@@ -285,7 +285,7 @@ class LargeBatch(Callback):
         Strategies call it before or after the optimizers are made, so it touches none.
         """
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
-        if saved is None or not trainer.training:
+        if not saved or not trainer.training:
             return
         differences = self.rules.differences(saved["rules"])
         if self.plan is not None or saved.get("stages"):

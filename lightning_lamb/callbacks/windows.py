@@ -150,7 +150,8 @@ def samples_in(batch: Any) -> int:
     if size is None:
         raise InvalidOptionError(
             f"LargeBatch cannot count the samples of a batch of type {type(batch).__name__}: it holds no tensor with a "
-            "dimension. Call lightning_lamb.callbacks.report_count(self, n) in training_step, or set exact_windows=False."
+            "dimension. Call lightning_lamb.callbacks.report_count(self, n) in training_step, or set "
+            "exact_windows=False."
         )
     return size
 

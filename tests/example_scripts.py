@@ -20,7 +20,9 @@ def module(example: str, name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def run(*arguments: str, folder: Path, check: bool = True, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, folder: Path, check: bool = True, timeout: float = 290, **environment: str
+) -> subprocess.CompletedProcess[str]:
     """Runs an example as a user does; it writes its runs/ into ``folder``."""
     result = subprocess.run(
         [sys.executable, *arguments],
@@ -30,7 +32,7 @@ def run(*arguments: str, folder: Path, check: bool = True, **environment: str) -
         | environment,
         capture_output=True,
         text=True,
-        timeout=290,
+        timeout=timeout,
         check=False,
     )
     if check and result.returncode:

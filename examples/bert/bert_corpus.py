@@ -11,7 +11,7 @@ from pathlib import Path
 
 SENTENCE_END = re.compile(r"(?<=[.!?:])\s+(?=[^a-z])")
 HELD_OUT_EVERY = 10
-NOT_PROSE = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
+NOT_PROSE = {"test", "tests", "encodings", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__"}
 
 Document = list[str]
 """Sentences that follow each other."""
@@ -84,7 +84,7 @@ def documentation_strings(path: Path) -> list[str]:
 def text_documents(path: Path) -> Iterator[list[str]]:
     """Paragraphs of every document in a text file, or in a directory's .txt files.
 
-    A text without two blank lines in a row becomes documents of 20 paragraphs.
+    A text without two blank lines in a row becomes documents of 20 paragraphs, or fewer if it is short.
     """
     files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
     if not files or not files[0].is_file():
@@ -94,7 +94,8 @@ def text_documents(path: Path) -> Iterator[list[str]]:
         parts = re.split(r"\n\s*\n\s*\n", file.read_text(encoding="utf-8"))
         if len(parts) < HELD_OUT_EVERY:
             whole = [paragraph for part in parts for paragraph in paragraphs(part)]
-            yield from (whole[start : start + 20] for start in range(0, len(whole), 20))
+            size = min(20, len(whole) // HELD_OUT_EVERY) or 1
+            yield from (whole[start : start + size] for start in range(0, len(whole), size))
         else:
             yield from map(paragraphs, parts)
 

@@ -72,7 +72,7 @@ def test_a_directory_of_text_files_and_text_without_double_blank_lines_are_read(
     for part in range(2):
         (tmp_path / f"{part}.txt").write_text("\n\n".join(f"{p} In file {part}." for p in paragraphs), encoding="utf-8")
     read = corpus.corpus_of(str(tmp_path))
-    assert len(read.train) + len(read.held_out) == 2 * 6
+    assert len(read.train) + len(read.held_out) == 2 * 10
 
 
 def test_missing_and_too_short_texts_say_what_to_give(tmp_path: Path):

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from lightning_lamb.kernels import eager, foreach
-from lightning_lamb.kernels.batch import Batch, Kernel, Options
+from lightning_lamb.kernels.batch import Batch, Kernel, Norms, Options, StepSizes
 
-__all__ = ["Batch", "Kernel", "Options", "eager", "foreach"]
+__all__ = ["Batch", "Kernel", "Norms", "Options", "StepSizes", "eager", "foreach"]

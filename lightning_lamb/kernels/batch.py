@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, Optional, Protocol, Union
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -36,7 +36,7 @@ class Options:
     norm: NormKind
     adapt: bool
     maximize: bool
-    max_grad_value: Optional[float]
+    max_grad_value: float | None
     differentiable: bool
 
 
@@ -57,6 +57,7 @@ class Batch:
         seeds: of the stochastic rounding of bfloat16 moments, 32 bits per piece; empty for moments in full precision.
         updates: the update directions, from `direction` to `apply`; a kernel that recomputes them leaves it empty.
         factors: what each of ``updates`` must still be multiplied by; None: by 1, or as the kernel knows.
+        memory: where a kernel may keep what it would work out again at the next step of the same pieces.
     """
 
     options: Options
@@ -65,11 +66,12 @@ class Batch:
     moments1: list[Tensor]
     moments2: list[Tensor]
     coefficients: list[Coefficients]
-    grad_scale: Optional[Tensor] = None
+    grad_scale: Tensor | None = None
     parameters: list[Tensor] = field(default_factory=list)
     seeds: list[int] = field(default_factory=list)
-    updates: Optional[list[Tensor]] = None
-    factors: Optional[list[float]] = None
+    updates: list[Tensor] | None = None
+    factors: list[float] | None = None
+    memory: dict[str, Any] = field(default_factory=dict)
 
 
 class Norms(NamedTuple):
@@ -80,7 +82,7 @@ class Norms(NamedTuple):
     ratios: Tensor
 
 
-StepSizes = Union[Tensor, Sequence[Scalar]]
+StepSizes = Tensor | Sequence[Scalar]
 """Per piece, learning rate times trust ratio: a (pieces,) tensor, or floats and 0-dim tensors."""
 
 
@@ -107,7 +109,7 @@ class Kernel(Protocol):
 
     def step(
         self, batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds
-    ) -> Optional[Norms]:
+    ) -> Norms | None:
         """Both passes of whole layers: `direction`, trust ratio, `apply`.
 
         Args:

@@ -1,8 +1,8 @@
 """The fused CPU kernel: `lamb_cpu.c`, called with arrays of addresses. It moves the bytes the algorithm must move.
 
-`step` makes both passes of whole layers in one call, so that the second pass of a layer finds it in the cache. There is
-no temporary of a layer's size, except for layers whose tensors are not dense or not laid out alike: these are copied for
-the call, and back. Half-precision parameters and moments are converted on the way.
+`step` makes both passes of whole layers in one call, so that the second pass of a layer finds it in the cache. There
+is no temporary of a layer's size, except for layers whose tensors are not dense or not laid out alike: these are
+copied for the call, and back. Half-precision parameters and moments are converted on the way.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ import ctypes
 import math
 from array import array
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from operator import attrgetter, eq, is_
-from typing import Optional, Union
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,11 +54,15 @@ class Job(ctypes.Structure):
 def suits(parameters: Iterable[Tensor]) -> bool:
     """Whether the kernel can work on these: ordinary tensors in the computer's memory, of a dtype it knows."""
     return all(
-        type(one) in (Tensor, torch.nn.Parameter) and one.device.type == "cpu" and one.dtype in TYPES for one in parameters
+        type(one) in (Tensor, torch.nn.Parameter) and one.device.type == "cpu" and one.dtype in TYPES
+        for one in parameters
     )
 
 
-def step(batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds) -> Optional[Norms]:
+@torch.compiler.disable
+def step(
+    batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds
+) -> Norms | None:
     """See `kernels.batch.Kernel.step`."""
     found = torch.zeros(3, len(batch.weights), dtype=torch.float64)
     _run(batch, FIRST | SECOND, found, scales, weight_norm_bounds, trust_ratio_bounds)
@@ -67,6 +72,7 @@ def step(batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, tru
     return Norms(norms[0], norms[1], found[2])
 
 
+@torch.compiler.disable
 def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     """See `kernels.batch.Kernel.direction`."""
     found = torch.zeros(3, len(batch.weights), dtype=torch.float64)
@@ -74,8 +80,9 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def apply(batch: Batch, step_sizes: Union[Tensor, Sequence[Scalar]]) -> None:
-    """See `kernels.batch.Kernel.apply`. It works the update out again, so the moments must be as `direction` left them."""
+@torch.compiler.disable
+def apply(batch: Batch, step_sizes: Tensor | Sequence[Scalar]) -> None:
+    """See `kernels.batch.Kernel.apply`. It works the update out again: the moments must be as `direction` left them."""
     _run(batch, SECOND, None, step_sizes)
 
 
@@ -85,8 +92,8 @@ def advance(steps: Sequence[Tensor]) -> tuple[Sequence[float], bool]:
     Returns:
         The counts, and whether all are equal. A thousand ``float(step)`` would take longer than to step small layers.
     """
-    values = array("d", bytes(8 * len(steps)))
-    alike = library().lamb_advance(len(steps), _address(_pointers(steps)), _address(values))
+    values, pointers = array("d", bytes(8 * len(steps))), _pointers(steps)
+    alike = library().lamb_advance(len(steps), _address(pointers), _address(values))
     return values, bool(alike)
 
 
@@ -96,17 +103,16 @@ def advance(steps: Sequence[Tensor]) -> tuple[Sequence[float], bool]:
 def _run(
     batch: Batch,
     passes: int,
-    found: Optional[Tensor],
-    scales: Union[Tensor, Sequence[Scalar]] = (),
+    found: Tensor | None,
+    scales: Tensor | Sequence[Scalar] = (),
     weight_norm_bounds: Bounds = None,
     trust_ratio_bounds: Bounds = None,
 ) -> None:
     options, count = batch.options, len(batch.weights)
-    aligned, copied = _aligned(batch)
-    sizes = array("q", map(Tensor.numel, aligned[0]))
+    aligned, copied, sizes, pointers = _aligned(batch)
     arrays = [
         sizes,
-        *map(_pointers, aligned),
+        *pointers,
         _table(batch.coefficients),
         array("I", batch.seeds or bytes(4 * count)),
         array("d", _numbers(scales)),
@@ -142,7 +148,7 @@ def _table(coefficients: Sequence[Coefficients]) -> array[float]:
     return array("d", [float(number) for at in coefficients for number in at[:4]])
 
 
-def _numbers(scales: Union[Tensor, Sequence[Scalar]]) -> Iterable[float]:
+def _numbers(scales: Tensor | Sequence[Scalar]) -> Iterable[float]:
     return scales.tolist() if isinstance(scales, Tensor) else map(float, scales)
 
 
@@ -150,61 +156,99 @@ def _pointers(tensors: Sequence[Tensor]) -> array[int]:
     return array("Q", map(Tensor.data_ptr, tensors))
 
 
-def _address(values: array) -> int:
+def _address(values: Any) -> int:
     return values.buffer_info()[0]
 
 
 # ------------------------------------------------------------------------------------------- what the library can read
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
+Copies = list[tuple[Tensor, Tensor]]
+GRADS = 1
 
 
-def _aligned(batch: Batch) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
+def _aligned(batch: Batch) -> tuple[Lists, Copies, array[int], list[array[int]]]:
     """Weights, gradients, moments and half-precision parameters such that one index means the same element in all.
 
     Returns:
-        The lists, and pairs (original, copy) of what has to be copied back after the call.
+        The lists; pairs (original, copy) of what has to be copied back after the call; sizes; addresses per list.
     """
     lists = batch.weights, batch.grads, batch.moments1, batch.moments2, batch.parameters
-    _check_sizes(lists)
-    one_type = len(set(map(_dtype_of, batch.grads))) == 1 and batch.grads[0].dtype in _readable()
-    if one_type and all(all(map(Tensor.is_contiguous, part)) for part in lists):
-        return lists, []
-    copied: list[tuple[Tensor, Tensor]] = []
+    sizes = array("q", map(Tensor.numel, batch.weights))
+    grads = batch.grads
+    _check_sizes(lists, GRADS, sizes)
+    if not all(map(Tensor.is_contiguous, grads)) or len(set(map(_dtype_of, grads))) > 1 or not _is_readable(grads[0]):
+        return _copied(lists, sizes)
+    pointers = list(map(_pointers, lists))
+    known = batch.memory.get("known")
+    if known is not None and known.holds(lists, pointers):
+        return lists, [], sizes, pointers
+    for index in (2, 3, 4):
+        _check_sizes(lists, index, sizes)
+        assert len(set(map(_dtype_of, lists[index]))) < 2, "a crew has one dtype"
+    if not all(all(map(Tensor.is_contiguous, part)) for part in lists):
+        return _copied(lists, sizes)
+    batch.memory["known"] = Known([part if index != GRADS else [] for index, part in enumerate(lists)], pointers)
+    return lists, [], sizes, pointers
+
+
+@dataclass
+class Known:
+    """Tensors that were found contiguous and of the right sizes, and where they lay.
+
+    Looking at four tensors per layer again at every step would take as long as stepping a small layer.
+    """
+
+    lists: list[list[Tensor]]
+    pointers: list[array[int]]
+
+    def holds(self, lists: Lists, pointers: list[array[int]]) -> bool:
+        """Whether all but the gradients are the same tensors, at the same addresses."""
+        return all(
+            index == GRADS or (pointers[index] == self.pointers[index] and all(map(is_, part, self.lists[index])))
+            for index, part in enumerate(lists)
+        )
+
+
+def _copied(lists: Lists, sizes: array[int]) -> tuple[Lists, Copies, array[int], list[array[int]]]:
+    """`_aligned` where some tensors must be copied for the call: not dense, not laid out alike, of an unknown dtype."""
+    copied: Copies = []
     result: Lists = ([], [], [], [], [])
-    for index, weight in enumerate(batch.weights):
+    grad_types = set(map(_dtype_of, lists[GRADS]))
+    convert = len(grad_types) > 1 or not _is_readable(lists[GRADS][0])
+    for index, weight in enumerate(lists[0]):
         pattern = weight if torch.ops.aten.is_non_overlapping_and_dense(weight) else torch.empty_like(weight)
         for kind, (part, target) in enumerate(zip(lists, result)):
             if not part:
                 continue
             own = part[index]
-            is_grad = kind == 1
-            dtype = weight.dtype if is_grad and not one_type else own.dtype
+            dtype = weight.dtype if kind == GRADS and convert else own.dtype
             if own.stride() == pattern.stride() and own.dtype == dtype:
                 target.append(own)
                 continue
             copy = torch.empty_like(pattern, dtype=dtype).copy_(own)
             target.append(copy)
-            if not is_grad:
+            if kind != GRADS:
                 copied.append((own, copy))
-    return result, copied
+    for index in range(1, len(lists)):
+        _check_sizes(lists, index, sizes)
+    return result, copied, sizes, list(map(_pointers, result))
 
 
-def _readable() -> Iterable[torch.dtype]:
-    """Gradient dtypes that this build of the library converts itself."""
-    return TYPES if library().lamb_knows_float16() else TYPES.keys() - {torch.float16}
+def _is_readable(grad: Tensor) -> bool:
+    """Whether this build of the library converts gradients of that dtype itself."""
+    return grad.dtype in TYPES and (grad.dtype != torch.float16 or bool(library().lamb_knows_float16()))
 
 
-def _check_sizes(lists: Lists) -> None:
-    """The library trusts its sizes; state that somebody replaced might not fit."""
-    sizes = list(map(Tensor.numel, lists[0]))
-    for part in lists[1:]:
-        if part and not all(map(eq, map(Tensor.numel, part), sizes)):
-            index = next(at for at, (one, size) in enumerate(zip(part, sizes)) if one.numel() != size)
-            raise ValueError(
-                f"a weight of shape {tuple(lists[0][index].shape)} meets a gradient or state of shape "
-                f"{tuple(part[index].shape)}: gradients and state must have the parameter's shape"
-            )
+def _check_sizes(lists: Lists, index: int, sizes: array[int]) -> None:
+    """The library trusts its sizes; a gradient or a state that somebody replaced might not fit."""
+    part = lists[index]
+    if part and not all(map(eq, map(Tensor.numel, part), sizes)):
+        wrong = next(at for at, (one, size) in enumerate(zip(part, sizes)) if one.numel() != size)
+        raise ValueError(
+            f"a weight of shape {tuple(lists[0][wrong].shape)} meets a gradient or state of shape "
+            f"{tuple(part[wrong].shape)}: gradients and state must have the parameter's shape"
+        )
 
 
 def _tell_autograd(batch: Batch, passes: int) -> None:

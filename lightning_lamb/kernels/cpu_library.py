@@ -1,7 +1,7 @@
 """Makes the CPU kernel at first use: compiles `lamb_cpu.c` with the system's C compiler and keeps the result.
 
-Nothing is built at install. The first step of a process looks for the library in the user's cache; if it is not there, it
-is compiled, which takes about two seconds, once per user, machine type and version of this package. Any number of
+Nothing is built at install. The first step of a process looks for the library in the user's cache; if it is not there,
+it is compiled, which takes about two seconds, once per user, machine type and version of this package. Any number of
 processes may start at once. The cache is ``$XDG_CACHE_HOME/lightning_lamb`` (``~/.cache/lightning_lamb``), or a
 temporary folder where that cannot be written.
 
@@ -28,8 +28,8 @@ SWITCH = "LIGHTNING_LAMB_CPU_KERNEL"
 SOURCES = ("lamb_cpu.c", "lamb_pass.h")
 COMPILERS = ("cc", "gcc", "clang")
 # Not -ffast-math: NaN and infinity must come out as they do in the equations.
-FLAGS = ("-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
-FLAGS += ("-shared", "-fPIC", "-w")
+MATH = ("-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
+FLAGS = (*MATH, "-fvisibility=hidden", "-shared", "-fPIC", "-w")
 LIBRARIES = ("-lpthread", "-lm")
 THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
 """Compilers know one of the first two; the third makes a library for any processor of this kind, and a slower one."""
@@ -49,7 +49,7 @@ def library() -> ctypes.CDLL:
     Raises:
         NoLibraryError: switched off, no compiler, or a compiler that fails.
     """
-    if os.environ.get(SWITCH, "1").lower() in ("0", "false", "no", "off"):
+    if switched_off():
         raise NoLibraryError(f"the environment variable {SWITCH} switches it off")
     if os.name != "posix":
         raise NoLibraryError(f"it is written for Linux and macOS, this is {platform.system()}")
@@ -64,6 +64,11 @@ def library() -> ctypes.CDLL:
                         _compile(compiler, path)
             return _loaded(path)
     raise NoLibraryError("neither the user's cache folder nor a temporary folder lets a library be written and loaded")
+
+
+def switched_off() -> bool:
+    """Whether the user does not want a CPU kernel."""
+    return os.environ.get(SWITCH, "1").lower() in ("0", "false", "no", "off")
 
 
 def missing_because() -> str | None:

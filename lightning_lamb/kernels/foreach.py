@@ -6,26 +6,30 @@ dozen times. There, a large layer is cut into tiles that stay in the cache for a
 
 from __future__ import annotations
 
-from typing import Optional
+from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, is_
 
 import torch
 from torch import Tensor
 
 from lightning_lamb import equations
-from lightning_lamb.equations import Coefficients, Scalar
-from lightning_lamb.kernels import eager
-from lightning_lamb.kernels.batch import Batch
+from lightning_lamb.equations import Bounds, Coefficients, Scalar
+from lightning_lamb.kernels import eager, masters
+from lightning_lamb.kernels.batch import Batch, Norms, StepSizes
 from lightning_lamb.kernels.statistics import combined, flattened, statistics
+from lightning_lamb.kernels.trust_ratios import step_in_two_calls
 
 TILE = 1 << 18
 """Elements of a tile. Five float32 tiles of 1 MiB stay in a shared cache; smaller ones lose more to thread start-up."""
 
 
 def direction(batch: Batch) -> tuple[Tensor, Tensor]:
-    """See `kernels.batch.Kernel.direction`."""
-    large = [index for index, weight in enumerate(batch.weights) if weight.device.type == "cpu" and weight.numel() > TILE]
-    if not large:
+    """See `kernels.batch.Kernel.direction`. For moments in full precision."""
+    masters.take_over(batch)
+    if batch.weights[0].device.type != "cpu" or max(map(Tensor.numel, batch.weights)) <= TILE:
         return _direction(batch)
+    large = [index for index, weight in enumerate(batch.weights) if weight.numel() > TILE]
     weight_statistics, update_statistics, updates, factors = [], [], [], []
     for index in range(len(batch.weights)):
         part = _one(batch, index)
@@ -39,21 +43,39 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     return torch.cat(weight_statistics), torch.cat(update_statistics)
 
 
-def apply(batch: Batch, step_sizes: list[Scalar]) -> None:
+def apply(batch: Batch, step_sizes: StepSizes) -> None:
     """See `kernels.batch.Kernel.apply`."""
     assert batch.updates is not None, "direction() comes before apply()"
-    factors = batch.factors or [_common_factor(batch)] * len(step_sizes)
-    step_sizes = [size * factor for size, factor in zip(step_sizes, factors)]
-    first = step_sizes[0]
-    if isinstance(first, Tensor):
-        scales = torch.stack([torch.as_tensor(size) for size in step_sizes]).to(batch.weights[0])
-        torch._foreach_addcmul_(batch.weights, batch.updates, list(scales.unbind()), value=-1)
-    elif all(size == first for size in step_sizes):
-        torch._foreach_add_(batch.weights, batch.updates, alpha=-first)
+    sizes = _with_factors(batch, step_sizes)
+    if isinstance(sizes, Tensor):
+        torch._foreach_addcmul_(batch.weights, batch.updates, list(sizes.to(batch.weights[0]).unbind()), value=-1)
+    elif all(size == sizes[0] for size in sizes):
+        torch._foreach_add_(batch.weights, batch.updates, alpha=-sizes[0])
     else:
-        for weight, update, size in zip(batch.weights, batch.updates, step_sizes):
+        for weight, update, size in zip(batch.weights, batch.updates, sizes):
             weight.add_(update, alpha=-size)
     batch.updates = None
+    masters.hand_out(batch)
+
+
+def step(
+    batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds
+) -> Norms | None:
+    """See `kernels.batch.Kernel.step`."""
+    return step_in_two_calls(direction, apply, batch, scales, weight_norm_bounds, trust_ratio_bounds)
+
+
+def _with_factors(batch: Batch, step_sizes: StepSizes) -> Tensor | Sequence[float]:
+    """Step sizes for ``batch.updates`` as they are, without the factors they lack."""
+    factors = batch.factors
+    if not isinstance(step_sizes, Tensor) and any(isinstance(size, Tensor) for size in step_sizes):
+        step_sizes = torch.stack([torch.as_tensor(size) for size in step_sizes])
+    if factors is None or len(set(factors)) == 1:
+        factor = _common_factor(batch) if factors is None else factors[0]
+        return step_sizes * factor if isinstance(step_sizes, Tensor) else [float(size) * factor for size in step_sizes]
+    if isinstance(step_sizes, Tensor):
+        return torch.stack([size * factor for size, factor in zip(step_sizes.unbind(), factors)])
+    return [float(size) * factor for size, factor in zip(step_sizes, factors)]
 
 
 def _direction(batch: Batch) -> tuple[Tensor, Tensor]:
@@ -62,7 +84,7 @@ def _direction(batch: Batch) -> tuple[Tensor, Tensor]:
     grads = _prepared_gradients(batch)
     if options.base == "adam":
         torch._foreach_lerp_(batch.moments1, grads, 1 - options.beta1)
-        torch._foreach_mul_(batch.moments2, options.beta2)
+        torch._foreach_mul_(batch.moments2, _scalar(options.beta2, batch))
         torch._foreach_addcmul_(batch.moments2, grads, grads, value=1 - options.beta2)
         batch.updates = _adam_updates(batch, grads)
     else:
@@ -72,7 +94,8 @@ def _direction(batch: Batch) -> tuple[Tensor, Tensor]:
         batch.updates = list(batch.moments1)
     if not options.adapt:
         return eager.no_statistics(batch)
-    return statistics(batch.weights, options.norm), _update_statistics(batch)
+    norm, factor = options.norm, _common_factor(batch)
+    return statistics(batch.weights, norm), statistics(batch.updates, norm) * (factor**2 if norm == "l2" else factor)
 
 
 def _tiled_direction(batch: Batch, tiles: list[Batch]) -> tuple[Tensor, Tensor]:
@@ -94,7 +117,7 @@ def _tiled_direction(batch: Batch, tiles: list[Batch]) -> tuple[Tensor, Tensor]:
     return weights.reshape(1), updates.reshape(1)
 
 
-def _tiles(batch: Batch) -> Optional[list[Batch]]:
+def _tiles(batch: Batch) -> list[Batch] | None:
     """A batch per tile of the batch's one layer; None if its tensors are not dense in the same order."""
     tensors = [*batch.weights, *batch.grads, *batch.moments1, *batch.moments2]
     if any(tensor.stride() != tensors[0].stride() for tensor in tensors):
@@ -127,7 +150,10 @@ def _one(batch: Batch, index: int) -> Batch:
 def _prepared_gradients(batch: Batch) -> list[Tensor]:
     """`eager.prepared_gradient` of each; the gradients themselves where there is nothing to do."""
     options = batch.options
-    grads = [grad.to(weight.dtype) for grad, weight in zip(batch.grads, batch.weights)]
+    dtype = batch.weights[0].dtype
+    grads = batch.grads
+    if set(map(attrgetter("dtype"), grads)) != {dtype}:
+        grads = [grad.to(dtype) for grad in grads]
     if options.maximize:
         grads = list(torch._foreach_neg(grads))
     if options.max_grad_value is not None:
@@ -153,20 +179,32 @@ def _adam_updates(batch: Batch, grads: list[Tensor]) -> list[Tensor]:
             return updates
         torch._foreach_copy_(targets, updates)
         return targets
-    # u = (a*m)/(sqrt(c*v) + eps) + decay*w is k*(m/(sqrt(v) + eps/sqrt(c)) + decay/k*w) with k = a/sqrt(c). The factor k
-    # is left to the norms and the step size, which saves two passes over memory.
+    # u = (a*m)/(sqrt(c*v) + eps) + decay*w is k*(m/(sqrt(v) + eps/sqrt(c)) + decay/k*w) with k = a/sqrt(c). The
+    # factor k is left to the norms and the step size, which saves two passes over memory.
     factor = _common_factor(batch)
     if targets is None:
         targets = list(torch._foreach_sqrt(batch.moments2))
     else:
         for target, moment2 in zip(targets, batch.moments2):
             torch.sqrt(moment2, out=target)
-    torch._foreach_add_(targets, eps / float(at[0].moment2) ** 0.5)
+    shift = _scalar(eps / float(at[0].moment2) ** 0.5, batch)
+    torch._foreach_add_(targets, [shift] * len(targets) if isinstance(shift, Tensor) else shift)
+    if weight_decay != 0 and batch.updates is None:
+        updates = list(torch._foreach_mul(batch.weights, _scalar(weight_decay / factor, batch)))
+        torch._foreach_addcdiv_(updates, batch.moments1, targets)
+        return updates
     for target, moment1 in zip(targets, batch.moments1):
         torch.div(moment1, target, out=target)
     if weight_decay != 0:
         torch._foreach_add_(targets, batch.weights, alpha=weight_decay / factor)
     return targets
+
+
+def _scalar(value: float, batch: Batch) -> Scalar:
+    """``value``, on a CPU as a tensor: torch would otherwise make it one again for each tensor of the list."""
+    if batch.weights[0].device.type != "cpu" or torch.compiler.is_compiling():
+        return value
+    return torch.tensor(value, dtype=torch.float64)
 
 
 def _common_factor(batch: Batch) -> float:
@@ -176,17 +214,9 @@ def _common_factor(batch: Batch) -> float:
     return float(batch.coefficients[0].moment1) / float(batch.coefficients[0].moment2) ** 0.5
 
 
-def _update_statistics(batch: Batch) -> Tensor:
-    """Statistics of the updates of the equations."""
-    assert batch.updates is not None
-    factor = _common_factor(batch)
-    found = statistics(batch.updates, batch.options.norm)
-    return found * (factor**2 if batch.options.norm == "l2" else factor)
-
-
 def _plain_and_alike(at: list[Coefficients]) -> bool:
     """Whether all pieces are at the same step, known on the host, of an update without a gradient term."""
     first = at[0]
     if any(isinstance(value, Tensor) for value in first) or first.grad != 0 or first.grad_square != 0:
         return False
-    return all(coefficients is first or coefficients == first for coefficients in at)
+    return all(map(is_, at, repeat(first))) or all(coefficients == first for coefficients in at)

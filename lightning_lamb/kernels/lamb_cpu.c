@@ -23,15 +23,16 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define MAYBE_UNUSED __attribute__((unused))
 
-enum { TILE = 1 << 14 };      /* elements of one task, and of one partial sum */
-enum { BLOCK = 1 << 10 };     /* elements converted at a time; they stay in the first-level cache */
+enum { TILE = 1 << 14 };      /* elements of one task of a large layer, and of one of its partial sums */
+enum { SMALL = 1 << 16 };     /* elements of layers that one thread does alone; the updates of so many are kept */
+enum { BLOCK = 1 << 9 };      /* elements done at a time; they stay in the first-level cache */
 enum { MOST_THREADS = 256 };
 
 enum { FLOAT32, FLOAT64, BFLOAT16, FLOAT16, NO_COPY };
 enum { ADAM, MOMENTUM };
-enum { L2, L1, LINF, NO_NORM };
+enum { L2, L1, LINF };
 enum { FIRST = 1, SECOND = 2 };                                          /* passes, as bits */
-enum { MOMENT1, GRAD, MOMENT2, GRAD_SQUARE, COEFFICIENTS };              /* equations.Coefficients without lr */
+enum { MOMENT1, GRAD, MOMENT2, GRAD_SQUARE, COEFFICIENTS };                  /* equations.Coefficients without lr */
 
 /* One call; mirrored by the class of the same name in cpu.py. Arrays have one entry per layer unless said otherwise. */
 typedef struct {
@@ -72,13 +73,11 @@ static inline float from_bfloat16(uint16_t half) {
     return value;
 }
 
-/* Adds `noise` below the last bit kept and cuts off: 16 random bits round stochastically, see also nearest_bfloat16. */
+/* Adds `noise` below the last bit kept and cuts off: 16 random bits round stochastically. A NaN would turn into a number. */
 static inline uint16_t cut_to_bfloat16(float value, uint32_t noise) {
     uint32_t bits;
     memcpy(&bits, &value, sizeof bits);
-    const uint32_t special = (bits & 0x7f800000u) == 0x7f800000u;      /* infinite or NaN: keep it that */
-    const uint32_t quiet = value != value ? 0x400000u : 0u;
-    return (uint16_t)((special ? bits | quiet : bits + noise) >> 16);
+    return (uint16_t)((bits + (value == value ? noise : 0)) >> 16);
 }
 
 static inline uint16_t nearest_bfloat16(float value) {
@@ -87,12 +86,11 @@ static inline uint16_t nearest_bfloat16(float value) {
     return cut_to_bfloat16(value, 0x7fffu + ((bits >> 16) & 1u));
 }
 
-/* The finalizer of MurmurHash3: every bit of the element's position and of the seed reaches every bit of the result. */
+/* 32 random bits of an element: a multiplicative hash of its position. Same in rounding.py. */
 static inline uint32_t random_bits(uint32_t position, uint32_t seed) {
     uint32_t x = position * 0x9e3779b1u + seed;
     x = (x ^ x >> 16) * 0x85ebca6bu;
-    x = (x ^ x >> 13) * 0xc2b2ae35u;
-    return x ^ x >> 16;
+    return x ^ x >> 15;
 }
 
 #ifdef __FLT16_MAX__
@@ -104,51 +102,45 @@ EXPORT int64_t lamb_job_size(void) { return (int64_t)sizeof(Job); }
 EXPORT int64_t lamb_tile(void) { return TILE; }
 
 /* Gradients of another type are converted by blocks; half-precision parameters are compared and written by blocks.
- *   gradient   points *found at gradient elements [from, from + at most n) as REAL; returns how many
+ *   gradient   gradient elements [from, from + n) as REAL, n <= BLOCK
  *   copy_in    takes over the elements of the parameter that somebody else changed: where it is not the rounded master
  *   copy_out   rounds the master to the parameter */
 #define CONVERT(TYPE, SOURCE, VALUE)                                              \
     if (job->grad_type == TYPE) {                                                 \
         const SOURCE *restrict source = (const SOURCE *)job->grads[layer] + from; \
-        for (int64_t i = 0; i < size; i++) converted[i] = VALUE;                  \
+        for (int64_t i = 0; i < n; i++) converted[i] = VALUE;                     \
     }
-#define COPY_IN(TYPE, HALF, ROUNDED, VALUE)                                            \
-    if (job->copy_type == TYPE) {                                                      \
-        const HALF *restrict half = (const HALF *)job->copies[layer] + from;           \
-        for (int64_t i = 0; i < n; i++) w[i] = (ROUNDED) == half[i] ? w[i] : (VALUE);  \
+#define COPY_IN(TYPE, HALF, ROUNDED, VALUE)                                           \
+    if (job->copy_type == TYPE) {                                                     \
+        const HALF *restrict half = (const HALF *)job->copies[layer] + from;          \
+        for (int64_t i = 0; i < n; i++) w[i] = (ROUNDED) == half[i] ? w[i] : (VALUE); \
     }
-#define COPY_OUT(TYPE, HALF, ROUNDED)                                        \
-    if (job->copy_type == TYPE) {                                            \
-        HALF *restrict half = (HALF *)job->copies[layer] + from;             \
-        for (int64_t i = 0; i < n; i++) half[i] = ROUNDED;                   \
+#define COPY_OUT(TYPE, HALF, ROUNDED)                            \
+    if (job->copy_type == TYPE) {                                \
+        HALF *restrict half = (HALF *)job->copies[layer] + from; \
+        for (int64_t i = 0; i < n; i++) half[i] = ROUNDED;       \
     }
 #ifdef __FLT16_MAX__
 #define IF_FLOAT16(statement) statement
 #else
 #define IF_FLOAT16(statement)
 #endif
-#define TYPE_CONVERSIONS(NAME, REAL, TYPE)                                                                               \
-    static inline int64_t NAME(gradient)(const Job *job, int64_t layer, int64_t from, int64_t n,                          \
-                                         REAL *restrict converted, const REAL **found) {                                  \
-        if (job->grad_type == TYPE) {                                                                                     \
-            *found = (const REAL *)job->grads[layer] + from;                                                              \
-            return n;                                                                                                     \
-        }                                                                                                                 \
-        const int64_t size = n < BLOCK ? n : BLOCK;                                                                       \
-        *found = converted;                                                                                               \
-        CONVERT(FLOAT32, float, (REAL)source[i])                                                                          \
-        CONVERT(FLOAT64, double, (REAL)source[i])                                                                         \
-        CONVERT(BFLOAT16, uint16_t, (REAL)from_bfloat16(source[i]))                                                       \
-        IF_FLOAT16(CONVERT(FLOAT16, _Float16, (REAL)source[i]))                                                           \
-        return size;                                                                                                      \
-    }                                                                                                                     \
-    static inline void NAME(copy_in)(const Job *job, int64_t layer, REAL *restrict w, int64_t from, int64_t n) {          \
-        COPY_IN(BFLOAT16, uint16_t, nearest_bfloat16((float)w[i]), (REAL)from_bfloat16(half[i]))                          \
-        IF_FLOAT16(COPY_IN(FLOAT16, _Float16, (_Float16)w[i], (REAL)half[i]))                                             \
-    }                                                                                                                     \
-    static inline void NAME(copy_out)(const Job *job, int64_t layer, const REAL *restrict w, int64_t from, int64_t n) {   \
-        COPY_OUT(BFLOAT16, uint16_t, nearest_bfloat16((float)w[i]))                                                       \
-        IF_FLOAT16(COPY_OUT(FLOAT16, _Float16, (_Float16)w[i]))                                                           \
+#define TYPE_CONVERSIONS(NAME, REAL, TYPE)                                                                              \
+    static const REAL *NAME(gradient)(const Job *job, int64_t layer, int64_t from, int64_t n, REAL *restrict converted) { \
+        if (job->grad_type == TYPE) return (const REAL *)job->grads[layer] + from;                                      \
+        CONVERT(FLOAT32, float, (REAL)source[i])                                                                        \
+        CONVERT(FLOAT64, double, (REAL)source[i])                                                                       \
+        CONVERT(BFLOAT16, uint16_t, (REAL)from_bfloat16(source[i]))                                                     \
+        IF_FLOAT16(CONVERT(FLOAT16, _Float16, (REAL)source[i]))                                                         \
+        return converted;                                                                                               \
+    }                                                                                                                   \
+    static void NAME(copy_in)(const Job *job, int64_t layer, REAL *restrict w, int64_t from, int64_t n) {               \
+        COPY_IN(BFLOAT16, uint16_t, nearest_bfloat16((float)w[i]), (REAL)from_bfloat16(half[i]))                        \
+        IF_FLOAT16(COPY_IN(FLOAT16, _Float16, (_Float16)w[i], (REAL)half[i]))                                           \
+    }                                                                                                                   \
+    static void NAME(copy_out)(const Job *job, int64_t layer, const REAL *restrict w, int64_t from, int64_t n) {        \
+        COPY_OUT(BFLOAT16, uint16_t, nearest_bfloat16((float)w[i]))                                                     \
+        IF_FLOAT16(COPY_OUT(FLOAT16, _Float16, (_Float16)w[i]))                                                         \
     }
 #define float_(x) x##_float
 #define double_(x) x##_double
@@ -206,17 +198,17 @@ TYPE_CONVERSIONS(double_, double, FLOAT64)
 #define NAME double_
 #include "lamb_pass.h"
 
-static void first(const Job *job, int64_t layer, int64_t from, int64_t n, double *statistics) {
+static void first(const Job *job, int64_t layer, int64_t from, int64_t n, void *kept, double *statistics) {
     statistics[0] = statistics[1] = 0;
-    if (job->weight_type == FLOAT64) first_double(job, layer, from, n, statistics);
-    else if (job->moment_type == BFLOAT16) first_narrow(job, layer, from, n, statistics);
-    else first_float(job, layer, from, n, statistics);
+    if (job->weight_type == FLOAT64) first_double(job, layer, from, n, kept, statistics);
+    else if (job->moment_type == BFLOAT16) first_narrow(job, layer, from, n, kept, statistics);
+    else first_float(job, layer, from, n, kept, statistics);
 }
 
-static void second(const Job *job, int64_t layer, int64_t from, int64_t n, double step_size) {
-    if (job->weight_type == FLOAT64) second_double(job, layer, from, n, step_size);
-    else if (job->moment_type == BFLOAT16) second_narrow(job, layer, from, n, step_size);
-    else second_float(job, layer, from, n, step_size);
+static void second(const Job *job, int64_t layer, int64_t from, int64_t n, const void *kept, double step_size) {
+    if (job->weight_type == FLOAT64) second_double(job, layer, from, n, kept, step_size);
+    else if (job->moment_type == BFLOAT16) second_narrow(job, layer, from, n, kept, step_size);
+    else second_float(job, layer, from, n, kept, step_size);
 }
 
 /* ---------------------------------------------------------------------------------------------------------- ratio */
@@ -265,28 +257,29 @@ typedef struct {
     const Job *job;
     Task *tasks;
     int64_t count;
+    int64_t most_kept;              /* bytes of the updates of the largest small layer, if both passes are made */
     Shared *shared;
     atomic_llong next;
 } Work;
 
 static int64_t tiles_of(int64_t size) { return (size + TILE - 1) / TILE; }
 
-static void whole_layer(const Job *job, int64_t layer) {
+static void whole_layer(const Job *job, int64_t layer, void *kept) {
     const int64_t size = job->sizes[layer];
-    double step_size = 0, statistics[2] = {0, 0};
+    double step_size = 0, statistics[2];
     if (job->passes & FIRST) {
-        first(job, layer, 0, size, statistics);
+        first(job, layer, 0, size, kept, statistics);
         step_size = finish_first(job, layer, statistics);
     }
     if (job->passes == SECOND) step_size = job->step_sizes[layer];
-    if (job->passes & SECOND) second(job, layer, 0, size, step_size);
+    if (job->passes & SECOND) second(job, layer, 0, size, kept, step_size);
 }
 
 static void first_of_tile(const Work *work, int64_t layer, int64_t tile) {
     const Job *job = work->job;
     Shared *shared = &work->shared[layer];
     const int64_t from = tile * TILE, rest = job->sizes[layer] - from;
-    first(job, layer, from, rest < TILE ? rest : TILE, &shared->parts[2 * tile]);
+    first(job, layer, from, rest < TILE ? rest : TILE, NULL, &shared->parts[2 * tile]);
     if (atomic_fetch_sub_explicit(&shared->unfinished, 1, memory_order_acq_rel) > 1) return;
     double total[2] = {0, 0};       /* this thread was the last one: all tiles are there */
     for (int64_t part = 0; part < tiles_of(job->sizes[layer]); part++) {
@@ -308,20 +301,24 @@ static void second_of_tile(const Work *work, int64_t layer, int64_t tile) {
         step_size = shared->step_size;
     } else step_size = job->step_sizes[layer];
     const int64_t from = tile * TILE, rest = job->sizes[layer] - from;
-    second(job, layer, from, rest < TILE ? rest : TILE, step_size);
+    second(job, layer, from, rest < TILE ? rest : TILE, NULL, step_size);
 }
 
 static void *take_tasks(void *argument) {
     Work *work = argument;
+    /* The second pass of small layers takes the updates from here; without memory it works them out again. */
+    void *kept = work->most_kept ? malloc((size_t)work->most_kept) : NULL;
     for (;;) {
         const int64_t index = atomic_fetch_add_explicit(&work->next, 1, memory_order_relaxed);
-        if (index >= work->count) return NULL;
+        if (index >= work->count) break;
         const Task *task = &work->tasks[index];
         if (task->tile < 0)
-            for (int64_t layer = task->layer; layer < task->until; layer++) whole_layer(work->job, layer);
+            for (int64_t layer = task->layer; layer < task->until; layer++) whole_layer(work->job, layer, kept);
         else if (task->pass == FIRST) first_of_tile(work, task->layer, task->tile);
         else second_of_tile(work, task->layer, task->tile);
     }
+    free(kept);
+    return NULL;
 }
 
 /* Lists the tasks in the order in which they are claimed; with tasks == NULL only counts them. */
@@ -331,7 +328,7 @@ static int64_t list_tasks(const Job *job, Task *tasks) {
         /* The second pass alone starts with the last layer, which the cache may still hold. */
         const int backwards = job->passes == SECOND;
         int64_t layer = backwards ? job->layers - 1 - position : position;
-        if (job->sizes[layer] > TILE) {
+        if (job->sizes[layer] > SMALL) {
             const int64_t tiles = tiles_of(job->sizes[layer]);
             if (job->passes & FIRST)
                 for (int64_t tile = 0; tile < tiles; tile++, count++)
@@ -345,7 +342,7 @@ static int64_t list_tasks(const Job *job, Task *tasks) {
         int64_t members = 0, elements = 0;
         for (; position < job->layers; position++, members++) {
             const int64_t size = job->sizes[backwards ? job->layers - 1 - position : position];
-            if (size > TILE || (members && elements + size > TILE)) break;
+            if (size > SMALL || (members && elements + size > TILE)) break;
             elements += size;
         }
         if (backwards) layer -= members - 1;
@@ -357,7 +354,11 @@ static int64_t list_tasks(const Job *job, Task *tasks) {
 
 static int prepare(Work *work, const Job *job, double **parts) {
     int64_t tiles = 0, used = 0;
-    for (int64_t layer = 0; layer < job->layers; layer++) tiles += tiles_of(job->sizes[layer]);
+    for (int64_t layer = 0; layer < job->layers; layer++) {
+        const int64_t size = job->sizes[layer], bytes = size * (job->weight_type == FLOAT64 ? 8 : 4);
+        tiles += tiles_of(size);
+        if (size <= SMALL && bytes > work->most_kept && job->passes == (FIRST | SECOND)) work->most_kept = bytes;
+    }
     work->job = job;
     work->count = list_tasks(job, NULL);
     work->tasks = malloc((size_t)(work->count + 1) * sizeof(Task));

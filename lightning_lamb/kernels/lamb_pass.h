@@ -1,6 +1,6 @@
-/* The two passes over a run of elements, for one pair of types. Included by lamb_cpu.c once per pair, with
+/* The two passes over a layer, for one pair of types. Included by lamb_cpu.c once per pair, with
  *
- *   REAL          what is computed in (the type of the weights)
+ *   REAL, SQRT    what is computed in (the type of the weights), and its square root
  *   BITS, MAGNITUDE  the unsigned integer of REAL's size, and its mask without the sign bit
  *   MOMENT        what moments are stored in
  *   LOAD(x)       a stored moment as REAL
@@ -11,131 +11,145 @@
  * Symbols as in equations.py: w weight, g gradient, m and v moments, u update.
  */
 
+/* The job's numbers in the type of the computation, so that loops find them in registers. */
+typedef struct {
+    REAL keep1, take1, keep2, take2;                  /* b1, 1-b1, b2, 1-b2 */
+    REAL moment1, grad, moment2, grad_square;         /* equations.Coefficients */
+    REAL eps, decay, bound, scale;
+} NAME(Numbers);
+
+static NAME(Numbers) NAME(numbers)(const Job *job, int64_t layer) {
+    const double *at = job->coefficients + layer * COEFFICIENTS;
+    return (NAME(Numbers)){
+        (REAL)job->beta1, (REAL)(1 - job->beta1), (REAL)job->beta2, (REAL)(1 - job->beta2),
+        (REAL)at[MOMENT1], (REAL)at[GRAD], (REAL)at[MOMENT2], (REAL)at[GRAD_SQUARE],
+        (REAL)job->eps, (REAL)job->weight_decay, (REAL)job->max_grad_value, (REAL)job->grad_scale,
+    };
+}
+
 /* A gradient element as the equations want it: bounded, then scaled. Comparisons are false for NaN, which so survives. */
-static inline REAL NAME(prepared)(REAL g, REAL bound, REAL scale) {
-    g = g > bound ? bound : g;
-    g = g < -bound ? -bound : g;
-    return g * scale;
+static ALWAYS_INLINE REAL NAME(prepared)(REAL g, const NAME(Numbers) *the) {
+    g = g > the->bound ? the->bound : g;
+    g = g < -the->bound ? -the->bound : g;
+    return g * the->scale;
 }
 
 /* u = m_hat/(sqrt(v_hat) + eps) + weight_decay*w. A term whose coefficient is zero is left out: 0*inf would be NaN. */
-static inline REAL NAME(adam)(const Job *job, const double *at, REAL w, REAL g, REAL m, REAL v) {
-    REAL m_hat = (REAL)at[MOMENT1] * m + (at[GRAD] != 0 ? (REAL)at[GRAD] * g : 0);
-    REAL v_hat = (REAL)at[MOMENT2] * v + (at[GRAD_SQUARE] != 0 ? (REAL)at[GRAD_SQUARE] * g * g : 0);
-    REAL u = m_hat / (SQRT(v_hat) + (REAL)job->eps);
-    return job->weight_decay != 0 ? u + (REAL)job->weight_decay * w : u;
+static ALWAYS_INLINE REAL NAME(adam)(const NAME(Numbers) *the, REAL w, REAL g, REAL m, REAL v) {
+    REAL m_hat = the->moment1 * m, v_hat = the->moment2 * v;
+    if (the->grad != 0) m_hat += the->grad * g;
+    if (the->grad_square != 0) v_hat += the->grad_square * g * g;
+    const REAL u = m_hat / (SQRT(v_hat) + the->eps);
+    return the->decay != 0 ? u + the->decay * w : u;
 }
 
-/* A magnitude's bits order like the magnitude, with NaN above infinity, so an integer maximum keeps a NaN. */
-static inline BITS NAME(magnitude)(REAL x) {
-    BITS bits;
-    memcpy(&bits, &x, sizeof bits);
-    return bits & MAGNITUDE;
-}
-
-/* First pass: moments in place, and what the norms need. `base` and `norm` are constants where it is called. */
-static ALWAYS_INLINE void NAME(first_pass)(const Job *job, const double *at, const REAL *restrict w, const REAL *restrict g,
-                                           MOMENT *restrict m, MOMENT *restrict v, int64_t from, int64_t n, uint32_t seed,
-                                           double *restrict statistics, const int base, const int norm) {
-    const REAL bound = (REAL)job->max_grad_value, scale = (REAL)job->grad_scale;
-    const REAL keep1 = (REAL)job->beta1, take1 = (REAL)(1 - job->beta1);
-    const REAL keep2 = (REAL)job->beta2, take2 = (REAL)(1 - job->beta2);
-    const REAL decay = (REAL)job->weight_decay;
-    double sum_w = 0, sum_u = 0;
-    BITS top_w = 0, top_u = 0;
-#pragma omp simd reduction(+ : sum_w, sum_u) reduction(max : top_w, top_u)
-    for (int64_t i = 0; i < n; i++) {
-        const uint32_t random MAYBE_UNUSED = RANDOM ? random_bits((uint32_t)(from + i), seed) : 0;
-        REAL grad = NAME(prepared)(g[i], bound, scale), u;
-        if (base == ADAM) {
-            m[i] = STORE(keep1 * LOAD(m[i]) + take1 * grad, random & 0xffff);
-            v[i] = STORE(keep2 * LOAD(v[i]) + take2 * grad * grad, random >> 16);
-            u = NAME(adam)(job, at, w[i], grad, LOAD(m[i]), LOAD(v[i]));
-        } else {
-            if (job->weight_decay != 0) grad += decay * w[i];
-            m[i] = STORE(keep1 * LOAD(m[i]) + take1 * grad, random & 0xffff);
-            u = LOAD(m[i]);
-        }
-        if (norm == L2) {
-            sum_w += (double)w[i] * (double)w[i];
-            sum_u += (double)u * (double)u;
-        } else if (norm == L1) {
-            sum_w += fabs((double)w[i]);
-            sum_u += fabs((double)u);
-        } else if (norm == LINF) {
-            const BITS here_w = NAME(magnitude)(w[i]), here_u = NAME(magnitude)(u);
-            top_w = here_w > top_w ? here_w : top_w;
-            top_u = here_u > top_u ? here_u : top_u;
-        }
-    }
-    if (norm == LINF) {
-        REAL largest_w, largest_u;
-        memcpy(&largest_w, &top_w, sizeof top_w);
-        memcpy(&largest_u, &top_u, sizeof top_u);
-        sum_w = largest_w, sum_u = largest_u;
-    }
-    add_statistic(norm, &statistics[0], sum_w);
-    add_statistic(norm, &statistics[1], sum_u);
-}
-
-/* Second pass: w = w - step_size*u, with u worked out again from the moments rather than kept in memory. */
-static ALWAYS_INLINE void NAME(second_pass)(const Job *job, const double *at, REAL step_size, REAL *restrict w,
-                                            const REAL *restrict g, const MOMENT *restrict m, const MOMENT *restrict v,
-                                            int64_t n, const int base, const int looks_ahead) {
-    const REAL bound = (REAL)job->max_grad_value, scale = (REAL)job->grad_scale;
+/* Updates the moments of n elements and writes their updates to u. `from` is the position of the first in the layer. */
+static void NAME(direction)(NAME(Numbers) numbers, int base, int64_t n, const REAL *restrict w, const REAL *restrict g,
+                            MOMENT *restrict m, MOMENT *restrict v, REAL *restrict u, int64_t from, uint32_t seed) {
+    const NAME(Numbers) *the = &numbers;
+    if (base == ADAM) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; i++) {
-        const REAL grad = looks_ahead ? NAME(prepared)(g[i], bound, scale) : 0;
-        const REAL u = base == ADAM ? NAME(adam)(job, at, w[i], grad, LOAD(m[i]), LOAD(v[i])) : LOAD(m[i]);
-        w[i] -= step_size * u;
-    }
-}
-
-/* Both passes over elements [from, from + n) of a layer, their gradients converted block by block if need be. */
-static void NAME(first)(const Job *job, int64_t layer, int64_t from, int64_t n, double *statistics) {
-    const double *at = job->coefficients + layer * COEFFICIENTS;
-    REAL *w = (REAL *)job->weights[layer];
-    MOMENT *m = (MOMENT *)job->moments1[layer], *v = job->base == ADAM ? (MOMENT *)job->moments2[layer] : NULL;
-    const uint32_t seed = job->seeds[layer];
-    const int norm = job->adapt ? job->norm : NO_NORM;
-    REAL converted[BLOCK];
-    for (int64_t end = from + n, i = from, size; i < end; i += size) {
-        const REAL *g;
-        size = NAME(gradient)(job, layer, i, end - i, converted, &g);
-        MOMENT *second = v ? v + i : NULL;
-        if (job->copy_type != NO_COPY) {
-            size = size < BLOCK ? size : BLOCK;
-            NAME(copy_in)(job, layer, w + i, i, size);
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t random MAYBE_UNUSED = RANDOM ? random_bits((uint32_t)(from + i), seed) : 0;
+            const REAL grad = NAME(prepared)(g[i], the);
+            const MOMENT moment1 = STORE(the->keep1 * LOAD(m[i]) + the->take1 * grad, random & 0xffff);
+            const MOMENT moment2 = STORE(the->keep2 * LOAD(v[i]) + the->take2 * grad * grad, random >> 16);
+            m[i] = moment1, v[i] = moment2;
+            u[i] = NAME(adam)(the, w[i], grad, LOAD(moment1), LOAD(moment2));
         }
-#define FIRST_PASS(BASE, NORM) \
-    NAME(first_pass)(job, at, w + i, g, m + i, second, i, size, seed, statistics, BASE, NORM)
-        if (job->base == MOMENTUM) {
-            if (norm == L2) FIRST_PASS(MOMENTUM, L2);
-            else if (norm == L1) FIRST_PASS(MOMENTUM, L1);
-            else if (norm == LINF) FIRST_PASS(MOMENTUM, LINF);
-            else FIRST_PASS(MOMENTUM, NO_NORM);
-        } else if (norm == L2) FIRST_PASS(ADAM, L2);
-        else if (norm == L1) FIRST_PASS(ADAM, L1);
-        else if (norm == LINF) FIRST_PASS(ADAM, LINF);
-        else FIRST_PASS(ADAM, NO_NORM);
-#undef FIRST_PASS
+    } else {
+#pragma omp simd
+        for (int64_t i = 0; i < n; i++) {
+            const uint32_t random MAYBE_UNUSED = RANDOM ? random_bits((uint32_t)(from + i), seed) : 0;
+            REAL grad = NAME(prepared)(g[i], the);
+            if (the->decay != 0) grad += the->decay * w[i];
+            m[i] = STORE(the->keep1 * LOAD(m[i]) + the->take1 * grad, random & 0xffff);
+            u[i] = LOAD(m[i]);
+        }
     }
 }
 
-static void NAME(second)(const Job *job, int64_t layer, int64_t from, int64_t n, double step_size) {
-    const double *at = job->coefficients + layer * COEFFICIENTS;
+/* w = w - step_size*u with u worked out again, from the moments as `direction` left them. */
+static void NAME(apply_again)(NAME(Numbers) numbers, int base, int64_t n, REAL *restrict w, const REAL *restrict g,
+                              const MOMENT *restrict m, const MOMENT *restrict v, REAL step_size) {
+    const NAME(Numbers) *the = &numbers;
+    if (base == MOMENTUM)
+        for (int64_t i = 0; i < n; i++) w[i] -= step_size * LOAD(m[i]);
+    else if (g)
+        for (int64_t i = 0; i < n; i++)
+            w[i] -= step_size * NAME(adam)(the, w[i], NAME(prepared)(g[i], the), LOAD(m[i]), LOAD(v[i]));
+    else {
+        numbers.grad = numbers.grad_square = 0;
+        for (int64_t i = 0; i < n; i++) w[i] -= step_size * NAME(adam)(the, w[i], 0, LOAD(m[i]), LOAD(v[i]));
+    }
+}
+
+static void NAME(apply_kept)(int64_t n, REAL *restrict w, const REAL *restrict u, REAL step_size) {
+    for (int64_t i = 0; i < n; i++) w[i] -= step_size * u[i];
+}
+
+/* equations.norm_statistic of at most BLOCK elements. */
+static double NAME(statistic)(const REAL *restrict x, int64_t n, int norm) {
+    if (norm == LINF) {
+        BITS top = 0; /* magnitudes are ordered like their bits, with NaN above infinity: a NaN is kept */
+#pragma omp simd reduction(max : top)
+        for (int64_t i = 0; i < n; i++) {
+            BITS bits;
+            memcpy(&bits, &x[i], sizeof bits);
+            bits &= MAGNITUDE;
+            top = bits > top ? bits : top;
+        }
+        REAL largest;
+        memcpy(&largest, &top, sizeof largest);
+        return largest;
+    }
+    REAL sum = 0;
+    if (norm == L1)
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < n; i++) sum += x[i] < 0 ? -x[i] : x[i];
+    else
+#pragma omp simd reduction(+ : sum)
+        for (int64_t i = 0; i < n; i++) sum += x[i] * x[i];
+    /* Where float32 has lost digits or overflowed, once more in double. Few additions make one sum: it is right to 1e-7. */
+    if (sum > (REAL)1e-25 && sum < (REAL)1e30) return sum;
+    double wide = 0;
+    for (int64_t i = 0; i < n; i++) wide += norm == L1 ? fabs((double)x[i]) : (double)x[i] * (double)x[i];
+    return wide;
+}
+
+/* First pass over elements [from, from + n) of a layer: moments, statistics, and the updates if `kept` is given. */
+static void NAME(first)(const Job *job, int64_t layer, int64_t from, int64_t n, void *kept, double *statistics) {
+    REAL *w = (REAL *)job->weights[layer];
+    MOMENT *m = (MOMENT *)job->moments1[layer], *v = job->base == ADAM ? (MOMENT *)job->moments2[layer] : m;
+    const NAME(Numbers) numbers = NAME(numbers)(job, layer);
+    REAL converted[BLOCK], update[BLOCK];
+    for (int64_t end = from + n, i = from, size; i < end; i += size) {
+        size = end - i < BLOCK ? end - i : BLOCK;
+        REAL *u = kept ? (REAL *)kept + (i - from) : update;
+        const REAL *g = NAME(gradient)(job, layer, i, size, converted);
+        NAME(copy_in)(job, layer, w + i, i, size);
+        NAME(direction)(numbers, job->base, size, w + i, g, m + i, v + i, u, i, job->seeds[layer]);
+        if (!job->adapt) continue;
+        add_statistic(job->norm, &statistics[0], NAME(statistic)(w + i, size, job->norm));
+        add_statistic(job->norm, &statistics[1], NAME(statistic)(u, size, job->norm));
+    }
+}
+
+/* Second pass: w = w - step_size*u, with `kept` updates or with updates worked out again from the moments. */
+static void NAME(second)(const Job *job, int64_t layer, int64_t from, int64_t n, const void *kept, double step_size) {
     REAL *w = (REAL *)job->weights[layer];
     const MOMENT *m = (const MOMENT *)job->moments1[layer];
-    const MOMENT *v = job->base == ADAM ? (const MOMENT *)job->moments2[layer] : NULL;
-    const int looks_ahead = at[GRAD] != 0 || at[GRAD_SQUARE] != 0;
+    const MOMENT *v = job->base == ADAM ? (const MOMENT *)job->moments2[layer] : m;
+    const NAME(Numbers) numbers = NAME(numbers)(job, layer);
+    const int looks_ahead = numbers.grad != 0 || numbers.grad_square != 0;
     REAL converted[BLOCK];
     for (int64_t end = from + n, i = from, size; i < end; i += size) {
-        const REAL *g = NULL;
         size = end - i < BLOCK ? end - i : BLOCK;
-        if (looks_ahead) NAME(gradient)(job, layer, i, size, converted, &g);
-        if (job->base == MOMENTUM) NAME(second_pass)(job, at, (REAL)step_size, w + i, NULL, m + i, NULL, size, MOMENTUM, 0);
-        else if (looks_ahead) NAME(second_pass)(job, at, (REAL)step_size, w + i, g, m + i, v + i, size, ADAM, 1);
-        else NAME(second_pass)(job, at, (REAL)step_size, w + i, NULL, m + i, v + i, size, ADAM, 0);
-        if (job->copy_type != NO_COPY) NAME(copy_out)(job, layer, w + i, i, size);
+        if (kept) NAME(apply_kept)(size, w + i, (const REAL *)kept + (i - from), (REAL)step_size);
+        else {
+            const REAL *g = looks_ahead ? NAME(gradient)(job, layer, i, size, converted) : NULL;
+            NAME(apply_again)(numbers, job->base, size, w + i, g, m + i, v + i, (REAL)step_size);
+        }
+        NAME(copy_out)(job, layer, w + i, i, size);
     }
 }

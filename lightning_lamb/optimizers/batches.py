@@ -1,50 +1,150 @@
-"""Sorts slots into batches that one kernel call can take, and says which kernel."""
+"""Sorts slots into crews that one kernel call can take, and says which kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Optional
+from dataclasses import dataclass, field
+from itertools import repeat
+from operator import is_
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
-from lightning_lamb.equations import Coefficients
-from lightning_lamb.kernels import Batch, Kernel, Options, eager, foreach
+from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
+from lightning_lamb.kernels import Batch, Kernel, Options, rounding
+from lightning_lamb.optimizers.choice import kernel_for
 from lightning_lamb.optimizers.gradients import local_gradient
 from lightning_lamb.optimizers.plan import Slot
+from lightning_lamb.optimizers.state import has_master, is_narrow
+from lightning_lamb.sharding.layout import is_whole_view
 
 if TYPE_CHECKING:
     from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
 
 WHOLE_BATCH_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Whole layers are applied right after their direction is known. On a CPU a batch of small layers that fits the cache is
-read from memory once; on a GPU fewer, larger launches win. A larger layer is a batch of its own."""
+"""Whole layers are applied right after their direction is known. On a CPU a batch of small layers that fits the cache
+is read from memory once; on a GPU fewer, larger launches win. A larger layer is a batch of its own."""
 
 
-def batches_of(
-    slots: Sequence[Slot],
-    optimizer: LayerwiseOptimizer,
-    coefficients: dict[int, Coefficients],
-    grad_scale: Optional[Tensor],
-    whole: bool = True,
-) -> Iterator[tuple[Batch, list[Slot]]]:
-    """Yields batches of slots that share group, exemption, device and dtype.
+@dataclass
+class Crew:
+    """Slots that share group, exemption, device and dtypes, and what does not change about them from step to step.
+
+    Attributes:
+        slots: one piece of a layer each.
+        states: the optimizer state of each slot's parameter.
+        positions: of the slots in the plan.
+        kernel: who computes their passes.
+        names: of the layers.
+        is_plain: whether every slot is a whole parameter that is an ordinary tensor, so that no view need be taken.
+        memory: the kernel's own, see `Batch.memory`.
+    """
+
+    slots: list[Slot]
+    states: list[dict[str, Any]]
+    positions: list[int]
+    kernel: Kernel
+    names: list[str]
+    is_plain: bool
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def batch(
+        self, optimizer: LayerwiseOptimizer, coefficients: list[Coefficients], grad_scale: Tensor | None
+    ) -> Batch:
+        """This step's batch.
+
+        Args:
+            optimizer: whose slots they are.
+            coefficients: of this step, per slot.
+            grad_scale: clip coefficient, or None.
+        """
+        first = self.slots[0]
+        seeds = []
+        if is_narrow(self.states[0]):
+            seeds = [rounding.seed(float(state["step"]), at) for state, at in zip(self.states, self.positions)]
+        return Batch(
+            options=options_of(first, optimizer),
+            weights=self._weights(optimizer),
+            grads=self._gradients(),
+            moments1=self._tensors("exp_avg"),
+            moments2=self._tensors("exp_avg_sq") if optimizer.base == "adam" else [],
+            coefficients=coefficients,
+            grad_scale=None if grad_scale is None else grad_scale.to(first.device),
+            parameters=self._parameters() if has_master(first.parameter) else [],
+            seeds=seeds,
+            memory=self.memory,
+        )
+
+    def _weights(self, optimizer: LayerwiseOptimizer) -> list[Tensor]:
+        if has_master(self.slots[0].parameter):
+            return self._tensors("master_weight")
+        if self.is_plain:
+            return [slot.parameter for slot in self.slots]
+        local = [slot.piece.view(slot.parameter) for slot in self.slots]
+        return local if optimizer.defaults["differentiable"] else [tensor.detach() for tensor in local]
+
+    def _parameters(self) -> list[Tensor]:
+        # A view before detach(), which costs a DTensor ten times as much.
+        return [slot.piece.view(slot.parameter).detach() for slot in self.slots]
+
+    def _tensors(self, key: str) -> list[Tensor]:
+        if self.is_plain:
+            return [state[key] for state in self.states]
+        return [slot.piece.view(state[key]) for slot, state in zip(self.slots, self.states)]
+
+    def _gradients(self) -> list[Tensor]:
+        if self.is_plain:
+            found = [slot.parameter.grad for slot in self.slots]
+        else:
+            found = [local_gradient(slot) for slot in self.slots]
+        return [grad for grad in found if grad is not None]
+
+
+def crews_of(
+    slots: Sequence[Slot], optimizer: LayerwiseOptimizer, positions: dict[int, int], whole: bool
+) -> list[Crew]:
+    """Sorts slots into crews.
 
     Args:
-        slots: with a gradient each.
-        optimizer: whose state and groups they are.
-        coefficients: of this step, by id of the parameter.
-        grad_scale: clip coefficient, or None.
-        whole: cut batches to `WHOLE_BATCH_BYTES`, so that updates of few layers exist at a time.
+        slots: their parameters have state.
+        optimizer: whose they are.
+        positions: by id of the slot, see `Crew`.
+        whole: cut crews to `WHOLE_BATCH_BYTES`, so that updates of few layers exist at a time.
     """
     alike: dict[Any, list[Slot]] = {}
     for slot in slots:
-        alike.setdefault((slot.group, slot.adapt, slot.weight_decay, slot.device, slot.parameter.dtype), []).append(slot)
+        dtypes = slot.parameter.dtype, optimizer.state[slot.parameter]["exp_avg"].dtype
+        alike.setdefault((slot.group, slot.adapt, slot.weight_decay, slot.device, *dtypes), []).append(slot)
+    crews = []
     for members in alike.values():
-        one_by_one = whole and not use_foreach(optimizer.param_groups[members[0].group])
-        limit = 0 if one_by_one else WHOLE_BATCH_BYTES.get(members[0].device.type, 1 << 28) if whole else None
-        for part in _parts(members, limit):
-            yield _batch(part, optimizer, coefficients, grad_scale), part
+        group = optimizer.param_groups[members[0].group]
+        kernel, together = kernel_for(group, members, is_narrow(optimizer.state[members[0].parameter]))
+        limit = WHOLE_BATCH_BYTES.get(members[0].device.type, 1 << 28) if together == "cached" else 0
+        parts = _parts(members, limit if whole and together != "all" else None)
+        crews += [_crew(part, optimizer, positions, kernel) for part in parts]
+    return crews
+
+
+def _crew(slots: list[Slot], optimizer: LayerwiseOptimizer, positions: dict[int, int], kernel: Kernel) -> Crew:
+    return Crew(
+        slots=slots,
+        states=[optimizer.state[slot.parameter] for slot in slots],
+        positions=[positions[id(slot)] for slot in slots],
+        kernel=kernel,
+        names=[slot.piece.layer.name for slot in slots],
+        is_plain=all(is_whole_view(slot.piece) for slot in slots),
+    )
+
+
+def scales_of(group: dict[str, Any], coefficients: Sequence[Coefficients]) -> list[Scalar]:
+    """Per slot, what its trust ratio is multiplied by: the learning rate, corrected."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        lr = lr.to(statistic_dtype(lr.device)).reshape(())
+    first = coefficients[0]
+    if all(map(is_, coefficients, repeat(first))):
+        return [lr * first.lr] * len(coefficients)
+    return [lr * at.lr for at in coefficients]
 
 
 def options_of(slot: Slot, optimizer: LayerwiseOptimizer) -> Options:
@@ -65,19 +165,7 @@ def options_of(slot: Slot, optimizer: LayerwiseOptimizer) -> Options:
     )
 
 
-def use_foreach(group: dict[str, Any]) -> bool:
-    """Whether the group's step is computed by the multi-tensor kernel: unless told otherwise, where it can be."""
-    if group["foreach"] is not None:
-        return bool(group["foreach"])
-    return not group["differentiable"]
-
-
-def kernel_for(group: dict[str, Any]) -> Kernel:
-    """The implementation that computes this group's local passes."""
-    return foreach if use_foreach(group) else eager
-
-
-def _parts(slots: list[Slot], limit: Optional[int]) -> Iterator[list[Slot]]:
+def _parts(slots: list[Slot], limit: int | None) -> Iterator[list[Slot]]:
     part: list[Slot] = []
     size = 0
     for slot in slots:
@@ -89,24 +177,3 @@ def _parts(slots: list[Slot], limit: Optional[int]) -> Iterator[list[Slot]]:
         size += bytes_here
     if part:
         yield part
-
-
-@torch.compiler.disable  # Dynamo would guard on the identity of gradients, which are new tensors at every step
-def _batch(
-    slots: list[Slot],
-    optimizer: LayerwiseOptimizer,
-    coefficients: dict[int, Coefficients],
-    grad_scale: Optional[Tensor],
-) -> Batch:
-    states = [optimizer.state[slot.parameter] for slot in slots]
-    views = [slot.piece.view for slot in slots]
-    grads = [local_gradient(slot) for slot in slots]
-    return Batch(
-        options=options_of(slots[0], optimizer),
-        weights=[optimizer.full_weight(slot) for slot in slots],
-        grads=[grad for grad in grads if grad is not None],
-        moments1=[view(state["exp_avg"]) for view, state in zip(views, states)],
-        moments2=[view(state["exp_avg_sq"]) for view, state in zip(views, states) if "exp_avg_sq" in state],
-        coefficients=[coefficients[id(slot.parameter)] for slot in slots],
-        grad_scale=None if grad_scale is None else grad_scale.to(slots[0].device),
-    )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from lightning_lamb.errors import UnsupportedGradientError
+from lightning_lamb.errors import ConflictError, UnsupportedGradientError
 from lightning_lamb.kernels.statistics import statistics
 from lightning_lamb.optimizers.plan import LayerPlan, Slot
 from lightning_lamb.sharding import completed_gradients, refuse_plain_gradient
@@ -21,6 +23,10 @@ def check(plan: LayerPlan) -> None:
         UnsupportedGradientError: a sparse or complex one, naming the parameter.
         UnknownShardError: a plain one on a DTensor parameter.
     """
+    found = [grad for slot in plan.slots if (grad := slot.parameter.grad) is not None]
+    kinds = set(zip(map(attrgetter("layout"), found), map(attrgetter("dtype"), found)))
+    if not plan.dtensors and all(layout == torch.strided and not dtype.is_complex for layout, dtype in kinds):
+        return
     for slot in plan.slots:
         grad = slot.parameter.grad
         if grad is not None:
@@ -53,6 +59,29 @@ def refuse_complex(name: str) -> None:
         f"{name}: complex numbers have no LAMB update in the paper. Hold the parameter as real and imaginary parts "
         "(torch.view_as_real)."
     )
+
+
+def refuse_part_of_gradient_norm(max_grad_norm: float | None) -> None:
+    """Raises where torch's ZeroRedundancyOptimizer is building an optimizer that clips by norm.
+
+    Its ranks hold different layers, and the optimizer inside is not told: each would clip by the norm of its own.
+
+    Raises:
+        ConflictError: always there, never elsewhere.
+    """
+    if max_grad_norm is None:
+        return
+    frame = sys._getframe(1)
+    for _ in range(8):
+        if frame is None:
+            return
+        if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
+            raise ConflictError(
+                f"max_grad_norm={max_grad_norm} inside torch's ZeroRedundancyOptimizer: each rank would clip by the norm of "
+                "the layers that it holds. Use lightning_lamb.optimizers.ShardedStateOptimizer, which clips by the norm "
+                "of all."
+            )
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def local_gradient(slot: Slot) -> Tensor | None:

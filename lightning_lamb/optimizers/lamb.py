@@ -36,7 +36,10 @@ class Lamb(LayerwiseOptimizer):
         max_grad_value: bound on each gradient element, applied before the norm; None does not clip.
         maximize: maximize the objective instead of minimizing it.
         foreach: use the multi-tensor implementation; by default wherever it can be.
-        fused: use a fused kernel.
+        fused: use a fused kernel: compiled C on CPUs, Triton on CUDA. By default on CPUs wherever it can be; True says
+            why where it cannot.
+        state_dtype: "bfloat16" keeps the moments in 2 bytes instead of 4, rounded stochastically; None keeps them in
+            float32, or in the parameter's dtype where that is wider.
         capturable: keep the step count on the parameter's device, so that a CUDA graph can capture the step.
         differentiable: keep the autograd graph through the step.
 
@@ -78,8 +81,9 @@ class Lamb(LayerwiseOptimizer):
         max_grad_norm: Optional[float] = None,
         max_grad_value: Optional[float] = None,
         maximize: bool = False,
-        foreach: Optional[bool] = None,
-        fused: Optional[bool] = None,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        state_dtype: Literal["bfloat16"] | None = None,
         capturable: bool = False,
         differentiable: bool = False,
     ) -> None:

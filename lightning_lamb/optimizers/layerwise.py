@@ -7,7 +7,7 @@ layers, and a second local pass (apply). Layers that are whole on this rank go t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,15 +15,16 @@ from torch.optim import Optimizer
 
 from lightning_lamb import equations
 from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
-from lightning_lamb.errors import UnknownShardError
-from lightning_lamb.kernels import Batch, Kernel
-from lightning_lamb.optimizers import gradients, state
-from lightning_lamb.optimizers.batches import batches_of, kernel_for
+from lightning_lamb.errors import LightningLambError, UnknownShardError
+from lightning_lamb.kernels import StepSizes, trust_ratios
+from lightning_lamb.optimizers import choice, gradients, state
+from lightning_lamb.optimizers.batches import options_of, scales_of
 from lightning_lamb.optimizers.hosted import Host
 from lightning_lamb.optimizers.options import checked, one_limit
 from lightning_lamb.optimizers.plan import LayerPlan, Slot, fingerprint, parameter_name
 from lightning_lamb.optimizers.report import LayerReport
-from lightning_lamb.optimizers.split_step import split_step
+from lightning_lamb.optimizers.roster import Roster, roster_of
+from lightning_lamb.optimizers.split_step import Elsewhere, Pending, split_step
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -36,12 +37,13 @@ class LayerwiseOptimizer(Optimizer):
         self._reset()
         self._host = Host()
         super().__init__(params, checked(defaults))
+        gradients.refuse_part_of_gradient_norm(one_limit(self.param_groups))
 
     def _reset(self) -> None:
         self._plans: dict[Any, LayerPlan] = {}
         self._report = LayerReport()
         self._idle_steps = 0
-        self._grad_norm: Optional[Tensor] = None
+        self._grad_norm: Tensor | None = None
 
     # ------------------------------------------------------------------------------------ what a subclass says about itself
 
@@ -59,7 +61,7 @@ class LayerwiseOptimizer(Optimizer):
 
     # --------------------------------------------------------------------------------------------------------- the step
 
-    def step(self, closure: Optional[Callable[[], Any]] = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Makes one update of every parameter that has a gradient.
 
         Communication: none for whole layers; one all-reduce per process group that holds pieces of layers, and with
@@ -96,56 +98,34 @@ class LayerwiseOptimizer(Optimizer):
     @torch.compiler.disable(recursive=False)
     def _update_layers(self, plan: LayerPlan) -> None:
         grad_scale = self._clip_scale(plan)
-        ready = [slot for slot in plan.slots if slot.parameter.grad is not None]
-        coefficients = self._advance(ready)
+        roster = roster_of(self, plan)
         report = LayerReport()
-        whole = [slot for slot in ready if slot.piece.split is None]
-        for batch, slots in batches_of(whole, self, coefficients, grad_scale):
-            kernel = kernel_for(self.param_groups[slots[0].group])
-            weights, updates = kernel.direction(batch)
-            self._apply(kernel, batch, slots, weights, updates, report)
+        for crew in roster.whole:
+            group = self.param_groups[crew.slots[0].group]
+            coefficients = roster.coefficients(crew)
+            batch = crew.batch(self, coefficients, grad_scale)
+            bounds = group["weight_norm_bounds"], group["trust_ratio_bounds"]
+            report.add(crew.names, crew.kernel.step(batch, scales_of(group, coefficients), *bounds))
         if plan.split:
-            split = split_step(self, plan, coefficients, grad_scale)
-            for item in split.moving:
-                self._apply(item.kernel, item.batch, item.slots, item.weights, item.updates, report)
-            for layers in split.elsewhere:
-                self._trust_ratios(layers.slots, layers.weights, layers.updates, report)
+            self._update_split(plan, roster, grad_scale, report)
         self._report = self._host.after_step(self.param_groups, report)
 
-    def _apply(
-        self,
-        kernel: Kernel,
-        batch: Batch,
-        slots: Sequence[Slot],
-        weight_statistics: Tensor,
-        update_statistics: Tensor,
-        report: LayerReport,
-    ) -> None:
-        """The second pass of one batch, its statistics complete: ratio, step size, weights, and half-precision copies."""
-        group = self.param_groups[slots[0].group]
-        lr = group["lr"]
-        if isinstance(lr, Tensor):
-            lr = lr.to(statistic_dtype(lr.device)).reshape(())
-        scales = [lr * coefficients.lr for coefficients in batch.coefficients]
-        if slots[0].adapt:
-            ratios = self._trust_ratios(slots, weight_statistics, update_statistics, report)
-            scales = list((ratios * scales[0]).unbind() if _all_same(scales) else map(_product, ratios.unbind(), scales))
-        kernel.apply(batch, scales)
-        for slot, weight in zip(slots, batch.weights):
-            if state.has_master(slot.parameter):
-                slot.piece.view(slot.parameter).detach().copy_(weight)
+    def _update_split(self, plan: LayerPlan, roster: Roster, grad_scale: Tensor | None, report: LayerReport) -> None:
+        """Steps the layers that are cut over ranks: first passes, all-reduce, second passes."""
+        split = split_step(self, plan, roster, grad_scale)
+        for item in split.moving:
+            scales = scales_of(self.param_groups[item.slots[0].group], item.batch.coefficients)
+            item.kernel.apply(item.batch, self._completed(item, scales, report))
+        for layers in split.elsewhere:
+            self._completed(layers, [1.0] * len(layers.slots), report)
 
-    def _trust_ratios(
-        self, slots: Sequence[Slot], weight_statistics: Tensor, update_statistics: Tensor, report: LayerReport
-    ) -> Tensor:
-        """(slots,) ratios from completed statistics of one group's layers; noted in the report."""
-        group = self.param_groups[slots[0].group]
-        weight_norms = equations.norm_of_statistic(weight_statistics, slots[0].norm)
-        update_norms = equations.norm_of_statistic(update_statistics, slots[0].norm)
+    def _completed(self, item: Pending | Elsewhere, scales: Sequence[Scalar], report: LayerReport) -> StepSizes:
+        """Step sizes from completed statistics; norms and ratios go to the report."""
+        group, options = self.param_groups[item.slots[0].group], options_of(item.slots[0], self)
         bounds = group["weight_norm_bounds"], group["trust_ratio_bounds"]
-        ratios = equations.trust_ratio(weight_norms, update_norms, *bounds)
-        report.add([slot.piece.layer.name for slot in slots], weight_norms, update_norms, ratios)
-        return ratios
+        sizes, norms = trust_ratios.step_sizes(options, item.weights, item.updates, scales, *bounds)
+        report.add([slot.piece.layer.name for slot in item.slots], norms)
+        return sizes
 
     # ------------------------------------------------------------------------------------------- the parts of a step
 
@@ -159,67 +139,36 @@ class LayerwiseOptimizer(Optimizer):
             self._plans[key] = LayerPlan(self.param_groups)
         return self._plans[key]
 
-    def full_weight(self, slot: Slot) -> Tensor:
-        """The slot's weight in full precision: the master where there is one, else the parameter itself."""
-        local = slot.piece.view(slot.parameter)  # before detach(), which costs a DTensor ten times as much
-        if not self.defaults["differentiable"]:
-            local = local.detach()
-        if not state.has_master(slot.parameter):
-            return local
-        master = slot.piece.view(self._state_of(slot.parameter)["master_weight"])
-        state.refresh_master(master, local)
-        return master
-
-    def next_coefficients(self, slot: Slot) -> tuple[Scalar, Coefficients]:
-        """The number and the coefficients of the slot's next step, not counted yet."""
+    def next_coefficients(self, slot: Slot) -> Coefficients:
+        """The coefficients of the slot's next step, which is not counted yet."""
         group = self.param_groups[slot.group]
-        step = self._state_of(slot.parameter)["step"] + 1
-        if not group["capturable"]:
-            step = float(step)
-        else:
-            step = step.to(statistic_dtype(step.device))
-        return step, self.coefficients(step, group)
+        step = self.state_of(slot)["step"] + 1
+        return self.coefficients(step.to(statistic_dtype(step.device)) if group["capturable"] else float(step), group)
 
     def count_step(self, parameter: Tensor) -> None:
         """Counts one step of the parameter."""
         found = self.state[parameter]
         found["step"] = found["step"] + 1
 
-    def _advance(self, ready: Sequence[Slot]) -> dict[int, Coefficients]:
-        """Counts this step, once per parameter; returns its coefficients by id of the parameter."""
-        parameters = {id(slot.parameter): slot for slot in ready}
-        states = [self._state_of(slot.parameter) for slot in parameters.values()]
-        tensors = [found["step"] for found in states if isinstance(found["step"], Tensor)]
-        if tensors:
-            torch._foreach_add_(tensors, 1)
-        coefficients: dict[int, Coefficients] = {}
-        known: dict[Any, Coefficients] = {}
-        for slot, found in zip(parameters.values(), states):
-            group, step = self.param_groups[slot.group], found["step"]
-            if not isinstance(step, Tensor):  # an int under DeepSpeed, whose loaders share one tensor between states
-                step = found["step"] = step + 1
-            if group["capturable"]:
-                coefficients[id(slot.parameter)] = self.coefficients(step.to(statistic_dtype(step.device)), group)
-                continue
-            key = (slot.group, float(step))
-            if key not in known:
-                known[key] = self.coefficients(key[1], group)
-            coefficients[id(slot.parameter)] = known[key]
-        return coefficients
-
-    def _state_of(self, parameter: Tensor) -> dict[str, Any]:
+    def state_of(self, slot: Slot) -> dict[str, Any]:
+        """The state of the slot's parameter, allocated if there is none yet."""
+        parameter = slot.parameter
         found = self.state[parameter]
         if "exp_avg" not in found:
-            state.allocate(found, parameter, self.defaults["capturable"], second_moment=self.base == "adam")
+            group = self.param_groups[slot.group]
+            state.allocate(found, parameter, group["capturable"], self.base == "adam", group["state_dtype"])
         elif state.has_master(parameter) and "master_weight" not in found:
             found["master_weight"] = parameter.detach().float()  # resumed from a full-precision run
         return found
 
-    def _clip_scale(self, plan: LayerPlan) -> Optional[Tensor]:
+    def _clip_scale(self, plan: LayerPlan) -> Tensor | None:
         """The coefficient that every gradient is multiplied by, or None without ``max_grad_norm``."""
         limit = one_limit(self.param_groups)
-        self._grad_norm = None if limit is None else self.global_grad_norm()
-        return None if self._grad_norm is None else equations.clip_coefficient(self._grad_norm, limit)
+        self._grad_norm = None
+        if limit is None:
+            return None
+        self._grad_norm = self.global_grad_norm()
+        return equations.clip_coefficient(self._grad_norm, limit)
 
     def _refuse_idle(self, plan: LayerPlan) -> None:
         """Raises where no parameter has ever had a gradient: the model trains other tensors than these."""
@@ -257,9 +206,14 @@ class LayerwiseOptimizer(Optimizer):
         super().add_param_group({**param_group, **checked(options)})
         group = self.param_groups[-1]
         for position, parameter in enumerate(group["params"]):
-            if parameter.is_complex():
+            name = parameter_name(group, len(self.param_groups) - 1, position)
+            try:
+                if parameter.is_complex():
+                    gradients.refuse_complex(name)
+                choice.refuse_impossible(group, parameter, name)
+            except LightningLambError:
                 self.param_groups.pop()
-                gradients.refuse_complex(parameter_name(group, len(self.param_groups), position))
+                raise
         self._host.remember(group)
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,7 +273,7 @@ class LayerwiseOptimizer(Optimizer):
         return torch.zeros(()) if square is None else square.sqrt()
 
     @property
-    def grad_norm(self) -> Optional[Tensor]:
+    def grad_norm(self) -> Tensor | None:
         """The gradient norm that the last step clipped by, before clipping; None without ``max_grad_norm``."""
         return self._grad_norm
 
@@ -337,11 +291,3 @@ class LayerwiseOptimizer(Optimizer):
     def update_norms(self) -> dict[str, Tensor]:
         """``||u||`` of the last step by layer name; over all ranks' pieces."""
         return self._report.update_norms
-
-
-def _all_same(scales: Sequence[Scalar]) -> bool:
-    return all(scale is scales[0] or (isinstance(scale, float) and scale == scales[0]) for scale in scales)
-
-
-def _product(ratio: Tensor, scale: Scalar) -> Scalar:
-    return ratio * scale

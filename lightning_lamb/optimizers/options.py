@@ -19,6 +19,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "maximize": (True, False),
     "foreach": (None, True, False),
     "fused": (None, True, False),
+    "state_dtype": (None, "bfloat16"),
     "capturable": (True, False),
     "differentiable": (True, False),
 }
@@ -49,8 +50,6 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
         if name in result and not any(result[name] is value or _same_text(result[name], value) for value in allowed):
             raise InvalidOptionError(f"{name}={result[name]!r}: choose one of {', '.join(map(repr, allowed))}.")
     _check_combinations(result)
-    if result.get("fused"):
-        raise InvalidOptionError("fused=True: fused kernels are not available yet; leave fused unset (foreach is used).")
     return result
 
 
@@ -72,7 +71,9 @@ def one_limit(groups: Sequence[Mapping[str, Any]]) -> float | None:
 def _check_lr(lr: Any) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise InvalidOptionError(f"lr is a tensor of shape {tuple(lr.shape)}: give a float or a tensor of one element.")
+            raise InvalidOptionError(
+                f"lr is a tensor of shape {tuple(lr.shape)}: give a float or a tensor of one element."
+            )
         return  # its value may live on a device; reading it here would wait for that device
     _check_number("lr", lr, "a number >= 0", low=0.0)
 
@@ -119,7 +120,9 @@ def _check_combinations(options: Mapping[str, Any]) -> None:
             "capturable unset."
         )
     if options.get("foreach") and options.get("fused"):
-        raise InvalidOptionError("foreach=True and fused=True are two implementations of the same step: set one of them.")
+        raise InvalidOptionError(
+            "foreach=True and fused=True are two implementations of the same step: set one of them."
+        )
 
 
 def _same_text(value: Any, allowed: Any) -> bool:

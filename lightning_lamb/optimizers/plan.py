@@ -51,6 +51,7 @@ class LayerPlan:
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self.slots: list[Slot] = []
         self.completed: dict[int, Tensor] = {}
+        self.rosters: dict[Any, Any] = {}  # see roster.py
         for index, group in enumerate(groups):
             for position, parameter in enumerate(group["params"]):
                 for piece in locate(parameter, parameter_name(group, index, position)):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from lightning_lamb.kernels import Norms
+
 
 class LayerReport:
     """Collects what a step computed anyway; nothing is copied or synchronised until a property is read."""
@@ -21,9 +23,10 @@ class LayerReport:
             whole._parts += report._parts  # noqa: SLF001 - of the same class
         return whole
 
-    def add(self, names: Sequence[str], weight_norms: Tensor, update_norms: Tensor, trust_ratios: Tensor) -> None:
-        """Adds (n,) values of ``n`` layers."""
-        self._parts.append((list(names), weight_norms, update_norms, trust_ratios))
+    def add(self, names: Sequence[str], norms: Norms | None) -> None:
+        """Adds (n,) values of ``n`` layers; None for layers that are not adapted."""
+        if norms is not None:
+            self._parts.append((list(names), *norms))
 
     @property
     def weight_norms(self) -> dict[str, Tensor]:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lightning_lamb import equations
-from lightning_lamb.equations import Coefficients
 from lightning_lamb.kernels import Batch, Kernel
-from lightning_lamb.optimizers.batches import batches_of, kernel_for, options_of
+from lightning_lamb.optimizers.batches import crews_of
 from lightning_lamb.optimizers.plan import LayerPlan, Slot
+from lightning_lamb.optimizers.roster import Roster
 from lightning_lamb.sharding import NormTable
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class SplitStep:
 def split_step(
     optimizer: LayerwiseOptimizer,
     plan: LayerPlan,
-    coefficients: dict[int, Coefficients],
+    roster: Roster,
     grad_scale: Tensor | None,
 ) -> SplitStep:
     """Runs the first pass and completes the norms.
@@ -78,11 +78,10 @@ def split_step(
     Returns:
         The batches to apply, their statistics completed over all ranks.
     """
-    ready = [slot for slot in plan.split if slot.parameter.grad is not None]
     pending = []
-    for batch, slots in batches_of(ready, optimizer, coefficients, grad_scale, whole=False):
-        kernel = kernel_for(optimizer.param_groups[slots[0].group])
-        pending.append(Pending(kernel, batch, slots, *kernel.direction(batch)))
+    for crew in roster.split:
+        batch = crew.batch(optimizer, roster.coefficients(crew), grad_scale)
+        pending.append(Pending(crew.kernel, batch, crew.slots, *crew.kernel.direction(batch)))
     result = SplitStep()
     for device, (members, table) in plan.tables.items():
         if members:
@@ -122,16 +121,13 @@ def _complete(
 
 def _absent(optimizer: LayerwiseOptimizer, slot: Slot) -> Pending:
     """What a zero gradient would do to the slot, worked out on copies of its moments."""
-    _, coefficients = optimizer.next_coefficients(slot)
-    weight = optimizer.full_weight(slot)
-    zero = torch.zeros_like(weight)
-    moments = [
-        view.clone()
-        for view in (slot.piece.view(optimizer.state[slot.parameter][key]) for key in optimizer.moment_keys())
-    ]
-    batch = Batch(options_of(slot, optimizer), [weight], [zero], moments[:1], moments[1:], [coefficients])
-    kernel = kernel_for(optimizer.param_groups[slot.group])
-    return Pending(kernel, batch, [slot], *kernel.direction(batch), absent=True)
+    optimizer.state_of(slot)
+    (crew,) = crews_of([slot], optimizer, {id(slot): 0}, whole=False)
+    batch = crew.batch(optimizer, [optimizer.next_coefficients(slot)], None)
+    batch.grads = [torch.zeros_like(weight) for weight in batch.weights]
+    batch.moments1 = [moment.clone() for moment in batch.moments1]
+    batch.moments2 = [moment.clone() for moment in batch.moments2]
+    return Pending(crew.kernel, batch, [slot], *crew.kernel.direction(batch), absent=True)
 
 
 def _moved_elsewhere(optimizer: LayerwiseOptimizer, pending: Sequence[Pending]) -> list[Pending]:

@@ -23,7 +23,25 @@ def has_master(parameter: Tensor) -> bool:
     return parameter.dtype in HALF_DTYPES
 
 
-def allocate(state: dict[str, Any], parameter: Tensor, capturable: bool, second_moment: bool) -> None:
+def is_narrow(state: Mapping[str, Any]) -> bool:
+    """Whether the moments are stored in bfloat16, and so rounded stochastically."""
+    return state["exp_avg"].dtype == torch.bfloat16
+
+
+def moment_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
+    """The dtype of the parameter's moments: float32 at least, unless the option ``state_dtype`` asks for less."""
+    if state_dtype == "bfloat16" and parameter.dtype != torch.float64:
+        return torch.bfloat16
+    return torch.float32 if has_master(parameter) else parameter.dtype
+
+
+def allocate(
+    state: dict[str, Any],
+    parameter: Tensor,
+    capturable: bool,
+    second_moment: bool,
+    state_dtype: str | None = None,
+) -> None:
     """Fills an empty state: ``step``, ``exp_avg``, ``exp_avg_sq`` and, for half precision, ``master_weight``.
 
     Args:
@@ -31,24 +49,15 @@ def allocate(state: dict[str, Any], parameter: Tensor, capturable: bool, second_
         parameter: the tensors are laid out like it (DTensor for DTensor), in float32 if it is half precision.
         capturable: keep ``step`` on the parameter's device, else on the host.
         second_moment: whether the optimizer has one.
+        state_dtype: the option of that name.
     """
-    half = has_master(parameter)
-    dtype = torch.float32 if half else parameter.dtype
+    dtype = moment_dtype(parameter, state_dtype)
     state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else "cpu")
     state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
     if second_moment:
         state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-    if half:
+    if has_master(parameter):
         state["master_weight"] = parameter.detach().to(torch.float32, memory_format=torch.preserve_format)
-
-
-def refresh_master(master: Tensor, parameter: Tensor) -> None:
-    """Takes over elements of ``parameter`` that somebody else changed; keeps the master's digits where nobody did.
-
-    Loading new weights into the module would otherwise be undone by the next step. In place, no host sync.
-    """
-    kept = master.to(parameter.dtype) == parameter
-    master.copy_(torch.where(kept, master, parameter.to(master.dtype)))
 
 
 def check_state_dict(
@@ -90,26 +99,30 @@ def check_state_dict(
     for saved, group in zip(saved_groups, groups):
         names = group.get("param_names") or saved.get("param_names") or [None] * len(group["params"])
         for key, parameter, name in zip(saved["params"], group["params"], names):
-            _check_tensors(state_dict["state"].get(key, {}), parameter, str(name or f"parameter {key}"), owner, required)
+            _check_tensors(
+                state_dict["state"].get(key, {}), parameter, str(name or f"parameter {key}"), owner, required
+            )
 
 
 def restore_full_precision(
     state: Mapping[Any, dict[str, Any]], groups: Sequence[Mapping[str, Any]], state_dict: Mapping[str, Any]
 ) -> None:
-    """Replaces the tensors that torch rounded to half precision by the saved float32 ones.
+    """Replaces the tensors whose dtype torch changed: full-precision ones of half-precision parameters, narrow moments.
 
     `torch.optim.Optimizer.load_state_dict` casts all floating state to the parameter's dtype, except ``step``.
     """
     for saved, group in zip(state_dict["param_groups"], groups):
         for key, parameter in zip(saved["params"], group["params"]):
             loaded = state.get(parameter)
-            if loaded is None or not has_master(parameter):
+            narrow = moment_dtype(parameter, group.get("state_dtype"))
+            if loaded is None or (narrow == parameter.dtype and not has_master(parameter)):
                 continue
             for name in FULL_PRECISION_KEYS:
                 original = state_dict["state"].get(key, {}).get(name)
                 if isinstance(original, Tensor):
+                    dtype = torch.float32 if name == "master_weight" else narrow
                     # clone: torch keeps no tensor of the caller's dict either, unless dtype and device already agree
-                    loaded[name] = original.detach().to(device=parameter.device, dtype=torch.float32).clone()
+                    loaded[name] = original.detach().to(device=parameter.device, dtype=dtype).clone()
 
 
 def restore_steps(state: Mapping[Any, dict[str, Any]]) -> None:

@@ -65,5 +65,10 @@ class Piece:
     split: Split | None = None
 
 
+def is_whole_view(piece: Piece) -> bool:
+    """Whether the piece is simply all of its parameter, and no view need be taken to reach it."""
+    return piece.view is _whole
+
+
 Locator = Callable[[Any, str], "list[Piece] | None"]
 """``(parameter, name) -> pieces``, or None where the layout is not this locator's."""

@@ -115,6 +115,11 @@ def strategy_accumulates(trainer: Trainer) -> bool:
     return bool(trainer.strategy.handles_gradient_accumulation)
 
 
+def is_fitting(trainer: Trainer) -> bool:
+    """Whether this is, or was last, a ``fit``, the validation in it included."""
+    return trainer.state.fn == "fit"
+
+
 def is_deepspeed(trainer: Trainer) -> bool:
     """Whether the strategy is DeepSpeed's: it clips by itself, and its parameters stay the module's."""
     return hasattr(type(trainer.strategy), "deepspeed_engine")
@@ -301,19 +306,68 @@ def inner_optimizer(optimizer: Optimizer) -> Optimizer:
 # ---- checkpoints
 
 
-def shift_micro_batch_counters(checkpoint: dict[str, Any], saved_accumulation: int, accumulation: int) -> None:
-    """Rewrites a checkpoint's micro-batch counters for another accumulation, so that windows start where they ended.
+def loop_counters(trainer: Trainer) -> tuple[Any, Any]:
+    """The present epoch's and micro-batch's counters (ready, started, processed, completed; ``is_last_batch``)."""
+    loop = trainer.fit_loop
+    return loop.epoch_progress.current, loop.epoch_loop.batch_progress
 
-    After 12 micro-batches at accumulation 4 and on half the ranks, accumulation 8, Lightning must believe that it has
-    seen 24. Only differences of the counters tell Lightning where in a batch it was saved, so all are shifted by the
-    same number. Writes ``loops.fit_loop["epoch_loop.batch_progress"]`` of the checkpoint.
+
+def begin_epoch_anew(trainer: Trainer) -> None:
+    """Makes a resumed fit begin its epoch as if nothing had been resumed; call it in ``on_train_start``.
+
+    Otherwise Lightning takes the first micro-batch for the end of an earlier epoch. Writes ``_restarting``.
     """
-    progress = checkpoint.get("loops", {}).get("fit_loop", {}).get("epoch_loop.batch_progress", {})
-    for part in ("total", "current"):
-        counters = progress.get(part, {})
-        shift = counters.get("ready", 0) * accumulation // saved_accumulation - counters.get("ready", 0)
-        for name in counters:
-            counters[name] += shift
+    loop = trainer.fit_loop
+    loop._restarting = False
+    loop.epoch_loop.restarting = False
+    for inner in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        if hasattr(inner, "reset_restart_stage"):  # not in Lightning 2.5.0
+            inner.reset_restart_stage()
+
+
+def count_steps_for_loggers(trainer: Trainer) -> None:
+    """Makes the loggers' step the optimizer's, which a resumed fit may be one off. Writes ``_batches_that_stepped``."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def replace_train_loaders(trainer: Trainer, replace: Callable[[list[Any]], list[Any]]) -> None:
+    """Exchanges the training dataloaders that were made, and begins to iterate over the new ones.
+
+    Writes ``fit_loop._combined_loader.flattened`` and iterates ``fit_loop._data_fetcher``.
+
+    Args:
+        trainer: between making the loaders and the first micro-batch.
+        replace: gets the loaders and returns as many.
+    """
+    combined, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+    if combined is None or fetcher is None:
+        return
+    before = list(combined.flattened)
+    after = replace(before)
+    if any(old is not new for old, new in zip(before, after)):
+        combined.flattened = after
+        iter(fetcher)
+
+
+def skip_by_iterating(trainer: Trainer, micro_batches: int) -> bool:
+    """Fetches and forgets micro-batches. Calls ``next(fit_loop._data_fetcher)``.
+
+    Returns:
+        Whether that was possible: not for a training_step that takes the iterator.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is None or hasattr(fetcher, "iterator_wrapper"):
+        return False
+    for _ in range(micro_batches):
+        next(fetcher, None)
+    fetcher.fetched = 0  # Lightning adds what the checkpoint counted
+    return True
+
+
+def loader_states(trainer: Trainer) -> list[dict[str, Any]]:
+    """The states of stateful training loaders, as a checkpoint would hold them. Calls ``_state_dicts()``."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined._state_dicts()
 
 
 def device_of(module: nn.Module) -> torch.device:

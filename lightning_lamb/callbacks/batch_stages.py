@@ -252,6 +252,11 @@ class StagedBatches:
                 return index
         return len(self.stages) - 1
 
+    @property
+    def ends(self) -> list[int]:
+        """Optimizer steps done at the end of each stage."""
+        return [self.end_of(index) for index in range(len(self.stages))]
+
     def end_of(self, index: int) -> int:
         """Optimizer steps done when a stage is."""
         return sum(self.steps[: index + 1])

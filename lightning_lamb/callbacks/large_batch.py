@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_lamb.callbacks import schedule, stage_switch
 from lightning_lamb.callbacks.batch_stages import BatchStage, StagedBatches
 from lightning_lamb.callbacks.conflicts import refuse_conflicts, refuse_double_clipping
+from lightning_lamb.callbacks.exact_resume import ExactResume
 from lightning_lamb.callbacks.learning_rate import multiply_learning_rates
 from lightning_lamb.callbacks.live_parameters import LiveParameters
 from lightning_lamb.callbacks.micro_batch import (
@@ -22,12 +23,19 @@ from lightning_lamb.callbacks.micro_batch import (
     refuse_other_micro_batch,
     refuse_short_epoch,
 )
+from lightning_lamb.callbacks.plan_change import (
+    length_from,
+    plan_differences,
+    refuse_changed_plan,
+    warm_up_again,
+)
+from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.callbacks.stage_options import StageOptions
-from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages
+from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
 from lightning_lamb.callbacks.windows import WindowMean
 from lightning_lamb.checks import one_of, whole_number
-from lightning_lamb.errors import BatchSizeError, ConflictError, PlanError
+from lightning_lamb.errors import BatchSizeError, ConflictError, InvalidOptionError
 from lightning_lamb.lightning_seams import (
     Callback,
     LightningModule,
@@ -37,15 +45,16 @@ from lightning_lamb.lightning_seams import (
     end_epoch,
     inner_optimizer,
     is_deepspeed,
+    is_fitting,
     module_that_knows,
     rank_zero_info,
-    rank_zero_warn,
-    shift_micro_batch_counters,
     strategy_accumulates,
-    total_optimizer_steps,
 )
 from lightning_lamb.scaling import accumulate_grad_batches
 from lightning_lamb.sharding.annotate import annotate
+
+POSITION_KEY = "lightning_lamb_position"
+"""Where a checkpoint holds the position in the data and the random numbers."""
 
 
 class LargeBatch(Callback):
@@ -78,8 +87,12 @@ class LargeBatch(Callback):
         loss_reduction: What training_step returns: the "mean" over the samples (or the count given to
             lightning_lamb.callbacks.report_count), or their "sum".
         scheduler_interval: When schedulers step: after every optimizer "step" or "epoch". StagedWarmup: always "step".
-        on_plan_change: When a checkpoint was made with another global batch or learning-rate rule: "error", or "adopt"
-            to continue with this run's.
+        on_plan_change: When a checkpoint was made with another global batch, learning-rate rule or stages: "error",
+            "adopt" to continue with this run's, or "rewarm" to do so after a warm-up from zero.
+        rewarm_steps: Optimizer steps of that warm-up. None: as many as the schedule's own.
+        exact_resume: Continue bit for bit from any checkpoint: the order of an ordinary DataLoader becomes a function
+            of seed and epoch, and random numbers and position are saved. False: dataloaders and random numbers are left
+            alone, and a resumed run begins the data of its epoch anew, unless the dataloader is stateful.
 
     Raises:
         BatchSizeError: The global batch does not divide, the accumulation is longer than an epoch, or the micro-batch
@@ -105,7 +118,9 @@ class LargeBatch(Callback):
         exact_windows: bool = True,
         loss_reduction: Literal["mean", "sum"] = "mean",
         scheduler_interval: Literal["step", "epoch"] = "step",
-        on_plan_change: Literal["error", "adopt"] = "error",
+        on_plan_change: Literal["error", "adopt", "rewarm"] = "error",
+        rewarm_steps: int | None = None,
+        exact_resume: bool = True,
     ) -> None:
         super().__init__()
         given = (global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling)
@@ -116,7 +131,10 @@ class LargeBatch(Callback):
             self.micro_batch_size = whole_number("micro_batch_size", micro_batch_size)
         one_of("loss_reduction", loss_reduction, ("mean", "sum"))
         one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
-        one_of("on_plan_change", on_plan_change, ("error", "adopt"))
+        one_of("on_plan_change", on_plan_change, ("error", "adopt", "rewarm"))
+        if rewarm_steps is not None and on_plan_change != "rewarm":
+            raise InvalidOptionError(f'rewarm_steps={rewarm_steps} has no effect without on_plan_change="rewarm".')
+        self.rewarm_steps = None if rewarm_steps is None else whole_number("rewarm_steps", rewarm_steps)
         self.exact_windows = exact_windows
         self.loss_reduction = loss_reduction
         self.scheduler_interval = scheduler_interval
@@ -130,6 +148,9 @@ class LargeBatch(Callback):
         self._window: WindowMean | None = None
         self._restored: dict[str, Any] = {}
         self._batches: list[DerivedBatch] = []
+        self._resume = ExactResume(exact_resume)
+        self._rewarm_at: int | None = None
+        self._position: Position | None = None
 
     # ---- before the optimizers exist
 
@@ -141,6 +162,7 @@ class LargeBatch(Callback):
         refuse_conflicts(trainer, pl_module, own)
         trainer.accumulate_grad_batches = 1
         self.derived, self.plan, self.stage, self._restored = None, None, 0, {}
+        self._rewarm_at, self._position = None, None
         self._before = LiveParameters(pl_module)
         if self.stage_options is not None:
             self._batches = []
@@ -196,25 +218,23 @@ class LargeBatch(Callback):
         """Ends the epoch where a stage ends: the next one begins with data of its own."""
         if self.plan is not None and self.plan.at(trainer.global_step) != self.stage:
             end_epoch(trainer)
+        self._resume.end_micro_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enters the next stage where one ended."""
         if self.plan is None or self.plan.at(trainer.global_step) == self.stage:
             return
         self._enter_stage(trainer, self.plan.at(trainer.global_step))
-        assert self.derived is not None
         stage = self.plan.stages[self.stage]
         stage_switch.reload_data(trainer, stage)
-        rank_zero_info(
-            f"LargeBatch: stage {self.stage + 1} of {len(self.plan.stages)} from step {trainer.global_step}: "
-            + describe_batch(self.derived)
-            + "".join(f", {name}={value}" for name, value in stage.data.items())
-        )
+        text = describe_batch(self._batches[self.stage]) + "".join(f", {n}={v}" for n, v in stage.data.items())
+        rank_zero_info(f"LargeBatch: step {trainer.global_step}, stage {self.stage + 1}: {text}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks the data of a stage that began."""
+        """Checks and takes over the data of a stage that began."""
         if self.plan is not None and not trainer.sanity_checking:  # type: ignore[attr-defined]
             self._check_data(trainer)
+        self._resume.take_loaders(trainer)
 
     # ---- between the optimizers and the checkpoint
 
@@ -233,7 +253,8 @@ class LargeBatch(Callback):
         factor = 1.0 if self.plan is not None else self.rules.lr_factor(optimizers[0])
         multiply_learning_rates(optimizers, schedule.schedulers_of(trainer), factor)
         rates = tuple(float(group.get("initial_lr", group["lr"])) for group in optimizers[0].param_groups)
-        total, ramp = self._schedule(trainer)
+        stages = None if self.plan is None else self.plan.schedule()
+        total, ramp = schedule.complete(trainer, self.rules, stages, adopts=self._follows_own_plan)
         self.derived = derived = dataclasses.replace(
             derived, learning_rates=rates, lr_factor=factor, warmup_steps=ramp, total_steps=total
         )
@@ -242,40 +263,21 @@ class LargeBatch(Callback):
         self._print(trainer, derived)
         drop_train_data_before_resume(trainer)
 
-    def _schedule(self, trainer: Trainer) -> tuple[int | None, int | None]:
-        """Completes the schedule; returns the total and the warm-up steps as far as they had to be known."""
-        staged = schedule.staged_warmup_of(trainer)
-        if staged is not None and self.on_plan_change == "adopt":
-            staged.on_plan_change = "adopt"
-        if self.plan is not None:
-            schedule.set_stages(trainer, self.plan.schedule(), on_plan_change=self.on_plan_change)
-            return self.plan.total_steps, None
-        if not schedule.needs_total(trainer, self.rules.asks_for_warmup):
-            return (None if staged is None else staged.total_steps), None
-        total = total_optimizer_steps(trainer)
-        if not self.rules.asks_for_warmup:
-            schedule.fill_total_steps(trainer)
-            return total, None
-        ramp = self.rules.warmup(total, shorten=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
-        schedule.set_warmup(trainer, ramp, total, on_plan_change=self.on_plan_change)
-        return total, ramp
+    @property
+    def _follows_own_plan(self) -> bool:
+        """Whether the schedule in a checkpoint may be another one."""
+        return self.on_plan_change != "error" or self._rewarm_at is not None
 
     def _print(self, trainer: Trainer, derived: DerivedBatch) -> None:
         """The one summary."""
-        names = [
-            f"{type(config.scheduler).__name__}, stepped after every "
-            f"{'optimizer step' if config.interval == 'step' else 'epoch'}"
-            for config in trainer.lr_scheduler_configs
-        ]
-        if self._window is None:
-            windows = "mean of the micro-batches' means, as Lightning does it"
-        else:
-            windows = f"mean over all samples of a window, or over report_count (training_step: {self.loss_reduction})"
-        schedules = "; ".join(names) or "none: constant learning rate"
+        texts = {
+            "schedule": schedule.describe_schedules(trainer),
+            "windows": describe_windows(None if self._window is None else self.loss_reduction),
+        }
         if self.plan is not None:
-            rank_zero_info(describe_stages(self._batches, self.plan.table(), schedule=schedules, windows=windows))
-            return
-        rank_zero_info(describe(derived, lr_rule=self.rules.describe_lr(), schedule=schedules, windows=windows))
+            rank_zero_info(describe_stages(self._batches, self.plan.table(), **texts))
+        else:
+            rank_zero_info(describe(derived, lr_rule=self.rules.describe_lr(), **texts))
 
     # ---- resuming
 
@@ -284,31 +286,45 @@ class LargeBatch(Callback):
 
         Strategies call it before or after the optimizers are made, so it touches none.
         """
-        saved = checkpoint.get("callbacks", {}).get(self.state_key)
-        if not saved or not trainer.training:
+        if not trainer.training:
             return
-        differences = self.rules.differences(saved["rules"])
-        if self.plan is not None or saved.get("stages"):
-            differences = self._stage_differences(saved.get("stages")) or differences
-        if differences and self.on_plan_change == "error":
-            raise PlanError(
-                "the checkpoint was made with another plan; nothing was loaded or overwritten:\n"
-                + "\n".join(f"  {line}" for line in differences)
-                + '\nGive LargeBatch the same values again, or on_plan_change="adopt" to continue with the new ones.'
-            )
+        saved = checkpoint.get("callbacks", {}).get(self.state_key)
+        step = int(checkpoint["global_step"])
+        differences = [] if saved is None else plan_differences(self.rules, self.plan, saved)
+        if self.on_plan_change == "error":
+            refuse_changed_plan(differences, self.plan)
         derived = self._set_accumulation(trainer)
-        if self.plan is not None and self.plan.at(checkpoint["global_step"]) != self.stage:
-            self._enter_stage(trainer, self.plan.at(checkpoint["global_step"]))
+        if self.plan is not None and self.plan.at(step) != self.stage:
+            self._enter_stage(trainer, self.plan.at(step))
             derived = self._set_accumulation(trainer)
-        if saved["accumulate_grad_batches"] != derived.accumulate_grad_batches:
-            shift_micro_batch_counters(checkpoint, saved["accumulate_grad_batches"], derived.accumulate_grad_batches)
-        if saved["open_window"]:
-            rank_zero_warn(
-                f"the checkpoint was saved inside an accumulation window: the gradients of {saved['open_window']} "
-                "micro-batches are not in it, and the next step averages over the rest of that window. Save at window "
-                "ends (ModelCheckpoint's every_n_train_steps, or at the end of an epoch) to continue exactly."
-            )
+        if saved is None:
+            return
+        self._rewarm_at = saved["rewarm_at"] if not differences else step if self.on_plan_change == "rewarm" else None
+        if self._rewarm_at is not None:
+            schedule.permit_other_stages(trainer)
+        where = checkpoint.get(POSITION_KEY, {})
+        if where:
+            position = Position(where["epoch"], where["micro_batches"])
+            if self.plan is not None and step in self.plan.ends and self.stage > 0:
+                position = self._begin_stage_at(checkpoint, position)
+            accumulations = saved["accumulate_grad_batches"], derived.accumulate_grad_batches
+            self._position = write_position(checkpoint, position, *accumulations)
+            self._resume.load(self._position, where)
         self._restored = saved
+
+    def _begin_stage_at(self, checkpoint: dict[str, Any], position: Position) -> Position:
+        """A checkpoint from where a stage ended begins an epoch with new dataloaders."""
+        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        return Position(position.epoch + 1, 0) if position.micro_batches else position
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds position and random numbers, of all ranks. In an open window, those of its start."""
+        if self.derived is not None and "callbacks" in checkpoint and is_fitting(trainer):
+            checkpoint[POSITION_KEY] = self._resume.save(trainer, checkpoint)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """A checkpoint that is saved now must not wait for other ranks."""
+        self._resume.is_failing = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the plan against the data that was loaded, before the first micro-batch."""
@@ -317,7 +333,11 @@ class LargeBatch(Callback):
         if restored != derived.lr_factor:  # only with on_plan_change="adopt"
             factor = derived.lr_factor / restored
             multiply_learning_rates(trainer.optimizers, schedule.schedulers_of(trainer), factor)
+        if self._rewarm_at is not None:
+            total = length_from(trainer, trainer.global_step, self._position)
+            warm_up_again(trainer, self._rewarm_at, total, self.rewarm_steps)
         self._restored = {}
+        self._resume.start(trainer, pl_module)
 
     def _check_data(self, trainer: Trainer) -> DerivedBatch:
         """Compares the dataloader that was made with the batch that was planned."""
@@ -327,14 +347,6 @@ class LargeBatch(Callback):
             refuse_short_epoch(trainer.num_training_batches, derived)
         return derived
 
-    def _stage_differences(self, saved: list[dict[str, Any]] | None) -> list[str]:
-        """What differs from the stages in a checkpoint."""
-        if self.plan is None:
-            return [f"stages: {len(saved or [])} in the checkpoint, none now"]
-        if not saved:
-            return [f"stages: none in the checkpoint, {len(self.plan.stages)} now"]
-        return self.plan.differences(saved)
-
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and dicts only, so that ``torch.load(weights_only=True)`` reads it."""
         if self.derived is None:
@@ -343,13 +355,14 @@ class LargeBatch(Callback):
             "rules": dataclasses.asdict(self.rules),
             "stages": None if self.plan is None else self.plan.to_list(),
             **{key: value for key, value in dataclasses.asdict(self.derived).items() if key != "learning_rates"},
-            "open_window": 0 if self._window is None else self._window.micro_batches,
+            "rewarm_at": self._rewarm_at,
         }
 
     # ---- one window
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Notes the micro-batch, whose samples count."""
+        """Restores training's random numbers, and notes the micro-batch, whose samples count."""
+        self._resume.begin_micro_batch(trainer)
         if self._window is not None:
             self._window.expect(pl_module, batch)
 

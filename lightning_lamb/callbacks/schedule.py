@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
+from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.errors import ConflictError
 from lightning_lamb.lightning_seams import (
     Trainer,
@@ -13,6 +14,7 @@ from lightning_lamb.lightning_seams import (
     total_optimizer_steps,
 )
 from lightning_lamb.schedules import Stage, StagedWarmup
+from lightning_lamb.stages import total_steps_of
 
 
 def schedulers_of(trainer: Trainer) -> list[Any]:
@@ -114,3 +116,52 @@ def set_stages(trainer: Trainer, stages: list[Stage], **options: Any) -> None:
             "options of StagedWarmup out and give warmup_steps, shape, power and decay_from in LargeBatch's stages."
         )
     staged.set_stages(stages)
+
+
+def permit_other_stages(trainer: Trainer) -> None:
+    """Has a StagedWarmup, if it is made already, load a state with other stages and follow its own."""
+    staged = staged_warmup_of(trainer)
+    if staged is not None:
+        staged.on_plan_change = "adopt"
+
+
+def complete(
+    trainer: Trainer, rules: BatchRules, stages: list[Stage] | None, *, adopts: bool
+) -> tuple[int | None, int | None]:
+    """Completes the Trainer's schedule.
+
+    Args:
+        trainer: after its optimizers were made.
+        rules: give the warm-up.
+        stages: the whole schedule, instead.
+        adopts: a checkpoint with another schedule may be loaded; this run's is followed.
+
+    Returns:
+        The total and the warm-up steps, as far as they had to be known.
+    """
+    if adopts:
+        permit_other_stages(trainer)
+    on_plan_change = "adopt" if adopts else "error"
+    if stages is not None:
+        set_stages(trainer, stages, on_plan_change=on_plan_change)
+        return total_steps_of(stages), None
+    if not needs_total(trainer, rules.asks_for_warmup):
+        staged = staged_warmup_of(trainer)
+        return (None if staged is None else staged.total_steps), None
+    total = total_optimizer_steps(trainer)
+    if not rules.asks_for_warmup:
+        fill_total_steps(trainer)
+        return total, None
+    ramp = rules.warmup(total, shorten=bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
+    set_warmup(trainer, ramp, total, on_plan_change=on_plan_change)
+    return total, ramp
+
+
+def describe_schedules(trainer: Trainer) -> str:
+    """What steps the learning rate, and when."""
+    names = [
+        f"{type(config.scheduler).__name__}, stepped after every "
+        f"{'optimizer step' if config.interval == 'step' else 'epoch'}"
+        for config in scheduler_configs(trainer)
+    ]
+    return "; ".join(names) or "none: constant learning rate"

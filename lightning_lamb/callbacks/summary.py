@@ -67,3 +67,10 @@ def describe_stages(batches: list[DerivedBatch], table: str, *, schedule: str, w
     lines = [*table.splitlines(), *(f"stage {index + 1}: {describe_batch(b)}" for index, b in enumerate(batches))]
     lines += [f"schedule: {schedule}", f"gradient: {windows}"]
     return "LargeBatch\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def describe_windows(loss_reduction: str | None) -> str:
+    """How a window's gradient is averaged; None: not by LargeBatch."""
+    if loss_reduction is None:
+        return "mean of the micro-batches' means, as Lightning does it"
+    return f"mean over all samples of a window, or over report_count (training_step: {loss_reduction})"

@@ -76,7 +76,7 @@ def test_checkpoints_hold_primitives_and_tensors_only(tmp_path: Path) -> None:
     state = saved["callbacks"]["LargeBatch"]
     assert state["accumulate_grad_batches"] == 4
     assert state["rules"]["global_batch_size"] == 8
-    assert state["open_window"] == 0
+    assert saved["lightning_lamb_position"]["micro_batches"] == 0
 
 
 # ---- in the middle of an epoch, with a loader that knows its position (in samples over all ranks)
@@ -213,17 +213,3 @@ def test_adopting_follows_the_new_warm_up_too(tmp_path: Path) -> None:
     new = LargeBatch(8, base_batch_size=2, warmup_steps=6, on_plan_change="adopt")
     resumed = train(resume=tmp_path / "epoch=0-step=4.ckpt", large_batch=new)
     assert resumed.rates[:2] == pytest.approx([0.04 * 5 / 6, 0.04])
-
-
-def test_a_checkpoint_from_inside_a_window_warns(tmp_path: Path) -> None:
-    saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
-
-    class SavesAnywhere(Recorder):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 5:
-                trainer.save_checkpoint(tmp_path / "inside.ckpt")
-
-    trainer = quiet_trainer(max_epochs=1, callbacks=[LargeBatch(8), SavesAnywhere(), saver], enable_checkpointing=True)
-    trainer.fit(Regression(), datamodule=StatefulData())
-    with pytest.warns(UserWarning, match="inside an accumulation window: the gradients of 2 micro-batches"):
-        train(resume=tmp_path / "inside.ckpt", data=StatefulData(), large_batch=LargeBatch(8), epochs=1)

@@ -11,6 +11,7 @@ import pytest
 from lightning.pytorch import Callback
 
 from lightning_lamb import LargeBatch, lightning_seams
+from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.errors import MissingDependencyError
 from tests.lightning.toys import Batches, Regression, quiet_trainer, regression_data
 
@@ -91,14 +92,20 @@ def test_every_semi_private_attribute_is_there() -> None:
 
 
 @pytest.mark.parametrize(("saved", "now", "ready"), [(4, 2, 6), (4, 8, 24), (4, 4, 12)])
-def test_micro_batch_counters_are_shifted_keeping_their_differences(saved: int, now: int, ready: int) -> None:
-    counters = {"ready": 12, "started": 12, "processed": 12, "completed": 11}
-    checkpoint = {
-        "loops": {"fit_loop": {"epoch_loop.batch_progress": {"total": dict(counters), "current": dict(counters)}}}
+def test_progress_is_rewritten_to_a_position_in_this_runs_micro_batches(saved: int, now: int, ready: int) -> None:
+    counters = {"ready": 15, "started": 15, "processed": 14, "completed": 14}
+    epochs = {"ready": 2, "started": 2, "processed": 1, "completed": 1}
+    progress = {"total": dict(counters), "current": dict(counters), "is_last_batch": True}
+    loops = {
+        "epoch_loop.batch_progress": progress,
+        "epoch_progress": {"total": dict(epochs), "current": dict(epochs)},
     }
-    lightning_seams.shift_micro_batch_counters(checkpoint, saved, now)
-    for part in checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"].values():
-        assert part == {"ready": ready, "started": ready, "processed": ready, "completed": ready - 1}
+    where = write_position({"loops": {"fit_loop": loops}}, Position(1, 12), saved, now)
+    assert where == Position(1, ready)
+    for part in ("total", "current"):
+        assert progress[part] == {"ready": ready, "started": ready, "processed": ready, "completed": ready - 1}
+        assert loops["epoch_progress"][part] == epochs
+    assert progress["is_last_batch"] is False
 
 
 def test_no_other_file_touches_a_private_attribute_of_lightnings() -> None:

@@ -131,11 +131,11 @@ def rank_main(rank: int, ranks: int, rendezvous: str, layout: str, name: str, st
     os._exit(0)  # a failed rank must not wait for the others
 
 
-def measure(layouts: list[str], ranks: int, steps: int) -> dict[str, Any]:
+def measure(layouts: list[str], optimizers: list[str], ranks: int, steps: int) -> dict[str, Any]:
     """``{layout: {optimizer: {"errors": [...]} or {"fails": why}}}``."""
     results: dict[str, Any] = {}
     for layout in layouts:
-        for name in OPTIMIZERS:
+        for name in optimizers:
             with tempfile.TemporaryDirectory() as folder:
                 output = f"{folder}/result.json"
                 arguments = (ranks, f"{folder}/rendezvous", layout, name, steps, output)
@@ -181,9 +181,10 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--layouts", nargs="+", default=["FSDP1", "FSDP2"], choices=["FSDP1", "FSDP2"])
+    parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS), choices=list(OPTIMIZERS))
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "figures")
     args = parser.parse_args()
-    results = measure(args.layouts, args.ranks, args.steps)
+    results = measure(args.layouts, args.optimizers, args.ranks, args.steps)
     packages = {"lightning_lamb": "lightning-lamb", "timm": "timm", "torch": "torch"}
     packages |= {name: name for name in ("torch_optimizer", "pytorch_optimizer")}
     versions = {name: importlib.metadata.version(package) for name, package in packages.items()}

@@ -1,25 +1,25 @@
 """LAMB and LARS as pure functions: nothing here knows about parameter groups, ranks or kernels.
 
 Source: You et al., "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes", ICLR 2020
-(arXiv 1904.00962v5). Section 3 states one general strategy: take the update direction ``u`` of a base optimizer and give
-each layer the step ``lr * phi(||w||) / ||u||`` along it. Algorithm 1 (LARS) takes momentum as the base optimizer,
+(arXiv 1904.00962v5). Section 3 states one general strategy: take the update direction ``u`` of a base optimizer and
+give each layer the step ``lr * phi(||w||) / ||u||`` along it. Algorithm 1 (LARS) takes momentum as the base optimizer,
 Algorithm 2 (LAMB) takes Adam, Algorithms 3 and 4 (N-LAMB, NN-LAMB; Appendix D) take Adam with Nesterov momentum.
 
-Symbols: ``w`` weight, ``g`` gradient, ``m`` first moment, ``v`` second moment, ``u`` update, ``t`` step (1 for the first).
+Symbols: ``w`` weight, ``g`` gradient, ``m`` first moment, ``v`` second moment, ``u`` update, ``t`` step (from 1).
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Union
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-Scalar = Union[float, Tensor]
-BiasCorrection = Union[bool, Literal["lr"]]
-Nesterov = Union[None, Literal["first", "both"]]
+Scalar = float | Tensor
+BiasCorrection = bool | Literal["lr"]
+Nesterov = Literal["first", "both"] | None
 NormKind = Literal["l2", "l1", "linf"]
-Bounds = Union[None, tuple[float, float]]
+Bounds = tuple[float, float] | None
 
 
 class Coefficients(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -36,10 +36,10 @@ class GroupRules:
 
 
 def lamb_param_groups(
-    model: Union[nn.Module, NamedParameters],
+    model: nn.Module | NamedParameters,
     *,
     weight_decay: float = 0.01,
-    rules: Optional[GroupRules] = None,
+    rules: GroupRules | None = None,
     shape_of: Callable[[Tensor], Sequence[int]] = lambda parameter: parameter.shape,
     clean: Callable[[str], str] = lambda name: name,
 ) -> list[dict[str, Any]]:
@@ -82,7 +82,7 @@ def lamb_param_groups(
 
 
 def _matching(
-    model: Union[nn.Module, NamedParameters],
+    model: nn.Module | NamedParameters,
     named: Sequence[tuple[str, Tensor]],
     patterns: Sequence[str],
     types: Sequence[Any],
@@ -104,16 +104,20 @@ def _matching(
         found |= matches
     for kind in types:
         if not isinstance(model, nn.Module):
-            raise InvalidOptionError(f"{option}_types={list(types)!r} needs the module: pass it instead of named parameters.")
+            raise InvalidOptionError(
+                f"{option}_types={list(types)!r} needs the module: pass it instead of named parameters."
+            )
         modules = [module for module in model.modules() if _is_type(module, kind)]
         if not modules:
             present = sorted({type(module).__name__ for module in model.modules()})
-            raise InvalidOptionError(f"{option}_types: the model has no {kind!r}, only {', '.join(present)}. Correct it.")
+            raise InvalidOptionError(
+                f"{option}_types: the model has no {kind!r}, only {', '.join(present)}. Correct it."
+            )
         found |= {id(parameter) for module in modules for parameter in module.parameters()}
     return found
 
 
-def _is_type(module: nn.Module, kind: Union[str, type]) -> bool:
+def _is_type(module: nn.Module, kind: str | type) -> bool:
     if isinstance(kind, type):
         return isinstance(module, kind)
     return any(
@@ -123,5 +127,5 @@ def _is_type(module: nn.Module, kind: Union[str, type]) -> bool:
 
 
 def _public_path(kind: type) -> str:
-    """torch defines ``torch.nn.LayerNorm`` in a submodule; people write the short path."""
+    """Torch defines ``torch.nn.LayerNorm`` in a submodule; people write the short path."""
     return f"torch.nn.{kind.__name__}" if kind.__module__.startswith("torch.nn.") else ""

@@ -10,7 +10,7 @@ parameter that sometimes has no gradient.
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from lightning_lamb.optimizers.lamb import Lamb
 
 def paper_lamb(
     params: Any,
-    lr: Union[float, Tensor] = 1e-3,
+    lr: float | Tensor = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.01,
@@ -41,12 +41,12 @@ def paper_lamb(
 
 def tfa_lamb(
     params: Any,
-    lr: Union[float, Tensor] = 1e-3,
+    lr: float | Tensor = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.0,
 ) -> Lamb:
-    """TensorFlow Addons' ``LAMB`` (tensorflow/addons d208d752, ``optimizers/lamb.py``): the paper, without decay by default.
+    """TensorFlow Addons' ``LAMB`` (addons d208d752, ``optimizers/lamb.py``): the paper, without decay by default.
 
     Its two exclusion lists are `GroupRules`; an empty ``exclude_from_layer_adaptation`` there copies
     ``exclude_from_weight_decay``.
@@ -63,15 +63,15 @@ def tfa_lamb(
 
 def nvlamb(
     params: Any,
-    lr: Union[float, Tensor] = 1e-3,
+    lr: float | Tensor = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.01,
     bias_correction: bool = True,
-    max_grad_norm: Optional[float] = 1.0,
+    max_grad_norm: float | None = 1.0,
     use_nvlamb: bool = False,
 ) -> Lamb:
-    """apex's ``FusedLAMB`` (NVIDIA/apex 6424da3b, ``fused_lamb.py``, ``multi_tensor_lamb.cu``).
+    """Apex's ``FusedLAMB`` (NVIDIA/apex 6424da3b, ``fused_lamb.py``, ``multi_tensor_lamb.cu``).
 
     Args:
         params: parameters or groups.
@@ -89,16 +89,16 @@ def nvlamb(
 
 def timm_lamb(
     params: Any,
-    lr: Union[float, Tensor] = 1e-3,
+    lr: float | Tensor = 1e-3,
     bias_correction: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.01,
-    max_grad_norm: Optional[float] = 1.0,
+    max_grad_norm: float | None = 1.0,
     trust_clip: bool = False,
     always_adapt: bool = False,
 ) -> Lamb:
-    """timm's ``Lamb`` (timm 1.0.31, ``optim/lamb.py``), except ``decoupled_decay``, ``caution`` and ``grad_averaging=False``.
+    """Timm's ``Lamb`` (timm 1.0.31, ``optim/lamb.py``), without decoupled decay, caution and the like.
 
     Args:
         params: parameters or groups.
@@ -118,7 +118,7 @@ def timm_lamb(
 
 def deepspeed_lamb(
     params: Any,
-    lr: Union[float, Tensor] = 1e-3,
+    lr: float | Tensor = 1e-3,
     bias_correction: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -147,8 +147,8 @@ def deepspeed_lamb(
     """
     if max_grad_norm:
         raise InvalidOptionError(
-            f"max_grad_norm={max_grad_norm}: DeepSpeed clips in its engine. Set \"gradient_clipping\" in its config, or use "
-            "Lamb(max_grad_norm=...)."
+            f'max_grad_norm={max_grad_norm}: DeepSpeed clips in its engine. Set "gradient_clipping" in its config, or '
+            "use Lamb(max_grad_norm=...)."
         )
     correction: Any = "lr" if bias_correction else False
     bounds = (min_coeff, max_coeff)
@@ -159,14 +159,14 @@ def deepspeed_lamb(
 
 def _clipping_variant(
     params: Any,
-    lr: Union[float, Tensor],
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
     bias_correction: bool,
     adapt: Any,
-    trust_ratio_bounds: Optional[tuple[float, float]],
-    max_grad_norm: Optional[float],
+    trust_ratio_bounds: tuple[float, float] | None,
+    max_grad_norm: float | None,
 ) -> Lamb:
     return Lamb(
         params,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -66,20 +66,20 @@ class Lamb(LayerwiseOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: Union[float, Tensor] = 1e-3,
+        lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,
         *,
-        bias_correction: Union[bool, Literal["lr"]] = True,
-        nesterov: Optional[Literal["first", "both"]] = None,
+        bias_correction: bool | Literal["lr"] = True,
+        nesterov: Literal["first", "both"] | None = None,
         norm: Literal["l2", "l1", "linf"] = "l2",
-        weight_norm_bounds: Optional[tuple[float, float]] = None,
-        trust_ratio_bounds: Optional[tuple[float, float]] = None,
-        adapt: Union[bool, Literal["decayed"]] = True,
+        weight_norm_bounds: tuple[float, float] | None = None,
+        trust_ratio_bounds: tuple[float, float] | None = None,
+        adapt: bool | Literal["decayed"] = True,
         exempt_1d: bool = True,
-        max_grad_norm: Optional[float] = None,
-        max_grad_value: Optional[float] = None,
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -51,17 +51,17 @@ class Lars(LayerwiseOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: Union[float, Tensor] = 1e-2,
+        lr: float | Tensor = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 0.01,
         *,
         norm: Literal["l2", "l1", "linf"] = "l2",
-        weight_norm_bounds: Optional[tuple[float, float]] = None,
-        trust_ratio_bounds: Optional[tuple[float, float]] = None,
-        adapt: Union[bool, Literal["decayed"]] = True,
+        weight_norm_bounds: tuple[float, float] | None = None,
+        trust_ratio_bounds: tuple[float, float] | None = None,
+        adapt: bool | Literal["decayed"] = True,
         exempt_1d: bool = True,
-        max_grad_norm: Optional[float] = None,
-        max_grad_value: Optional[float] = None,
+        max_grad_norm: float | None = None,
+        max_grad_value: float | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -72,7 +72,7 @@ class Lars(LayerwiseOptimizer):
         options = {name: value for name, value in locals().items() if name not in ("self", "params", "__class__")}
         super().__init__(params, options)
 
-    def coefficients(self, step: Scalar, group: dict[str, Any]) -> Coefficients:
+    def coefficients(self, step: Scalar, group: dict[str, Any]) -> Coefficients:  # noqa: ARG002
         """None are needed: Algorithm 1 corrects no bias."""
         return _NO_COEFFICIENTS
 

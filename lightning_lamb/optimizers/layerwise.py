@@ -45,13 +45,13 @@ class LayerwiseOptimizer(Optimizer):
         self._idle_steps = 0
         self._grad_norm: Tensor | None = None
 
-    # ------------------------------------------------------------------------------------ what a subclass says about itself
+    # -------------------------------------------------------------------------------- what a subclass says about itself
 
-    def coefficients(self, step: Scalar, group: dict[str, Any]) -> Coefficients:
+    def coefficients(self, step: Scalar, group: dict[str, Any]) -> Coefficients:  # noqa: ARG002
         """The numbers that combine moments and gradient at step ``step``."""
         raise AssertionError("a subclass says it")
 
-    def moment_decays(self, group: dict[str, Any]) -> tuple[float, float]:
+    def moment_decays(self, group: dict[str, Any]) -> tuple[float, float]:  # noqa: ARG002
         """(beta1, beta2) of the group; beta2 means nothing without a second moment."""
         raise AssertionError("a subclass says it")
 
@@ -97,7 +97,7 @@ class LayerwiseOptimizer(Optimizer):
 
     @torch.compiler.disable(recursive=False)
     def _update_layers(self, plan: LayerPlan) -> None:
-        grad_scale = self._clip_scale(plan)
+        grad_scale = self._clip_scale()
         roster = roster_of(self, plan)
         report = LayerReport()
         for crew in roster.whole:
@@ -161,7 +161,7 @@ class LayerwiseOptimizer(Optimizer):
             found["master_weight"] = parameter.detach().float()  # resumed from a full-precision run
         return found
 
-    def _clip_scale(self, plan: LayerPlan) -> Tensor | None:
+    def _clip_scale(self) -> Tensor | None:
         """The coefficient that every gradient is multiplied by, or None without ``max_grad_norm``."""
         limit = one_limit(self.param_groups)
         self._grad_norm = None
@@ -180,9 +180,9 @@ class LayerwiseOptimizer(Optimizer):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if self._idle_steps > 1 or (distributed and torch.distributed.get_world_size() > 1):
             raise UnknownShardError(
-                f"{type(self).__name__}.step() found no gradient on any of its {len(plan.slots)} parameters (the first is "
-                f"{plan.slots[0].piece.layer.name}), and none ever had one: the model was probably wrapped or moved after "
-                "the optimizer was built, so it trains other tensors. With the stock LightningCLI add "
+                f"{type(self).__name__}.step() found no gradient on any of its {len(plan.slots)} parameters (the first "
+                f"is {plan.slots[0].piece.layer.name}), and none ever had one: the model was probably wrapped or moved "
+                "after the optimizer was built, so it trains other tensors. With the stock LightningCLI add "
                 "`--trainer.callbacks+=lightning_lamb.LargeBatch`, or use LambCLI or LambMixin; in your own loop build "
                 "the optimizer after wrapping. (If this really is a step before any backward(), leave it out.)"
             )
@@ -257,7 +257,7 @@ class LayerwiseOptimizer(Optimizer):
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
 
-    # ----------------------------------------------------------------------------------------------------- what it reports
+    # -------------------------------------------------------------------------------------------------- what it reports
 
     def global_grad_norm(self) -> Tensor:
         """The L2 norm of all gradients over all layers and ranks, as it is now; after ``max_grad_value``.

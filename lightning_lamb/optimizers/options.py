@@ -111,8 +111,8 @@ def _checked_bounds(name: str, bounds: Any) -> tuple[float, float] | None:
 def _check_combinations(options: Mapping[str, Any]) -> None:
     if options.get("bias_correction") == "lr" and options.get("nesterov") is not None:
         raise InvalidOptionError(
-            f"nesterov={options['nesterov']!r} with bias_correction='lr': Algorithms 3 and 4 define no correction of the "
-            "learning rate. Use bias_correction=True or False."
+            f"nesterov={options['nesterov']!r} with bias_correction='lr': Algorithms 3 and 4 define no correction of "
+            "the learning rate. Use bias_correction=True or False."
         )
     if options.get("differentiable") and (options.get("foreach") or options.get("fused") or options.get("capturable")):
         raise InvalidOptionError(

@@ -84,16 +84,16 @@ def check_state_dict(
     saved_groups = state_dict["param_groups"]
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
         raise StateDictError(
-            f"The state dict has parameter groups of {[len(group['params']) for group in saved_groups]} parameters, this "
-            f"{owner} of {[len(group['params']) for group in groups]}. Build it from the same model and the same group "
-            "rules. Nothing was loaded."
+            f"The state dict has parameter groups of {[len(group['params']) for group in saved_groups]} parameters, "
+            f"this {owner} of {[len(group['params']) for group in groups]}. Build it from the same model and the "
+            "same group rules. Nothing was loaded."
         )
     for index, group in enumerate(saved_groups):
         missing = sorted(signature - set(group))
         if missing:
             raise StateDictError(
-                f"The state dict is not one of {owner}: its parameter group {index} has no {', '.join(missing)} (it has "
-                f"{', '.join(sorted(set(group) - {'params'}))}). Start {owner} with fresh state, or build the "
+                f"The state dict is not one of {owner}: its parameter group {index} has no {', '.join(missing)} (it "
+                f"has {', '.join(sorted(set(group) - {'params'}))}). Start {owner} with fresh state, or build the "
                 "optimizer that saved it. Nothing was loaded."
             )
     for saved, group in zip(saved_groups, groups):
@@ -136,12 +136,12 @@ def _check_tensors(saved: Mapping[str, Any], parameter: Tensor, name: str, owner
     missing = [key for key in required if saved and key not in saved]
     if missing:
         raise StateDictError(
-            f"{name}: the state dict has {', '.join(map(str, saved))} but no {', '.join(missing)}, which {owner} needs to "
-            "continue. Load a state dict that this class saved. Nothing was loaded."
+            f"{name}: the state dict has {', '.join(map(str, saved))} but no {', '.join(missing)}, which {owner} needs "
+            "to continue. Load a state dict that this class saved. Nothing was loaded."
         )
     for key, value in saved.items():
         if key != "step" and isinstance(value, Tensor) and value.shape != parameter.shape:
             raise StateDictError(
-                f"{name}: the state dict's {key} has shape {tuple(value.shape)}, the parameter {tuple(parameter.shape)}. "
-                f"Load the {owner} state of this model. Nothing was loaded."
+                f"{name}: the state dict's {key} has shape {tuple(value.shape)}, the parameter "
+                f"{tuple(parameter.shape)}. Load the {owner} state of this model. Nothing was loaded."
             )

@@ -78,8 +78,8 @@ def refuse_part_of_gradient_norm(max_grad_norm: float | None) -> None:
         if frame.f_globals.get("__name__") == "torch.distributed.optim.zero_redundancy_optimizer":
             raise ConflictError(
                 f"max_grad_norm={max_grad_norm} inside torch's ZeroRedundancyOptimizer: each rank would clip by the "
-                "norm of the layers that it holds. Use lightning_lamb.optimizers.ShardedStateOptimizer, which clips by the "
-                "norm of all."
+                "norm of the layers that it holds. Use lightning_lamb.optimizers.ShardedStateOptimizer, which clips by "
+                "the norm of all."
             )
         frame = frame.f_back  # type: ignore[assignment]
 

@@ -33,6 +33,8 @@ def printed_config(config: Path, script: str) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_a_config_fits_the_real_signatures_and_round_trips(config: Path, tmp_path: Path):
+    if "deepspeed" in config.name:
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     printed = printed_config(config, script_of(config))
     (tmp_path / "printed.yaml").write_text(printed, encoding="utf-8")
     assert printed_config(tmp_path / "printed.yaml", script_of(config)) == printed

@@ -33,6 +33,7 @@ from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.callbacks.stage_options import StageOptions
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
+from lightning_lamb.callbacks.window_loss import WindowLoss
 from lightning_lamb.callbacks.windows import WindowMean
 from lightning_lamb.checks import one_of, whole_number
 from lightning_lamb.errors import BatchSizeError, ConflictError, InvalidOptionError
@@ -93,6 +94,7 @@ class LargeBatch(Callback):
         exact_resume: Continue bit for bit from any checkpoint: the order of an ordinary DataLoader becomes a function
             of seed and epoch, and random numbers and position are saved. False: dataloaders and random numbers are left
             alone, and a resumed run begins the data of its epoch anew, unless the dataloader is stateful.
+        log_window_loss: Log the mean loss over everything in a window, on all ranks, under this name. None: do not.
 
     Raises:
         BatchSizeError: The global batch does not divide, the accumulation is longer than an epoch, or the micro-batch
@@ -121,6 +123,7 @@ class LargeBatch(Callback):
         on_plan_change: Literal["error", "adopt", "rewarm"] = "error",
         rewarm_steps: int | None = None,
         exact_resume: bool = True,
+        log_window_loss: str | None = "train_loss_window",
     ) -> None:
         super().__init__()
         given = (global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling)
@@ -146,6 +149,7 @@ class LargeBatch(Callback):
         """The index of the present one."""
         self._before: LiveParameters | None = None
         self._window: WindowMean | None = None
+        self._window_loss = WindowLoss(log_window_loss, loss_reduction)
         self._restored: dict[str, Any] = {}
         self._batches: list[DerivedBatch] = []
         self._resume = ExactResume(exact_resume)
@@ -215,7 +219,9 @@ class LargeBatch(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ends the epoch where a stage ends: the next one begins with data of its own."""
+        """Logs the window's loss, and ends the epoch where a stage ends: the next one has data of its own."""
+        if self._window is not None:
+            self._window_loss.add(trainer, pl_module, outputs, self._window.last_count)
         if self.plan is not None and self.plan.at(trainer.global_step) != self.stage:
             end_epoch(trainer)
         self._resume.end_micro_batch(trainer, pl_module)

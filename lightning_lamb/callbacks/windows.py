@@ -62,6 +62,8 @@ class WindowMean:
         self.micro_batches = 0
         """Micro-batches in the open window."""
         self._total: float | Tensor = 0.0
+        self.last_count: float | Tensor = 0.0
+        """Of the last micro-batch."""
         self._batch: Any = None
         self._reference = float(micro_batch_size)
         self._reported: bool | None = None
@@ -96,6 +98,7 @@ class WindowMean:
             weight = count / self._reference
             if isinstance(weight, Tensor) or weight != 1.0:
                 loss.mul_(weight.to(loss.device, loss.dtype) if isinstance(weight, Tensor) else weight)
+        self.last_count = count
         self._total = self._total + (count.double() if isinstance(count, Tensor) else count)
         self.micro_batches += 1
         self._batch = None

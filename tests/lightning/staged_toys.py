@@ -38,9 +38,8 @@ class Noisy(Dataset):
     def __getitem__(self, index: int) -> Tensor:
         sample = torch.sin(torch.arange(self.length, dtype=torch.float64) * (index + 1.0))
         if self.augment:
-            sample = (
-                sample + 0.01 * torch.rand(1, dtype=torch.float64) + 0.01 * random.random() + 0.01 * np.random.rand()
-            )
+            noise = torch.rand(1, dtype=torch.float64) + random.random() + np.random.rand()  # noqa: NPY002
+            sample = sample + 0.01 * noise
         return sample
 
 

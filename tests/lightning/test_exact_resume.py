@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed import run_ranks
-from tests.lightning.staged_toys import Dropping, SaveEverywhere, Staged, StagedData, everything, train_staged
+from tests.distributed import rank, run_ranks
+from tests.lightning.staged_toys import STAGES, Dropping, SaveEverywhere, Staged, StagedData, everything, train_staged
 
 
 def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
@@ -34,3 +34,79 @@ def test_one_process_resumes_bitwise_at_every_micro_batch(tmp_path: Path, valida
             checkpoint.name
         )
         assert differing(everything(whole), everything(resumed)) == [], checkpoint.name
+
+
+# ---- ranks
+
+LIMITS: dict[str, Any] = {"limit_val_batches": 0}
+# On two ranks with micro-batches of 1 the first stage accumulates 4, as one rank with micro-batches of 2 does.
+TWO_RANKS = [{**stage, "micro_batch_size": 1} for stage in STAGES]
+
+
+def save_everywhere(folder: str, kind: type[Staged], ranks: int) -> dict[str, Any]:
+    module = kind()
+    torch.manual_seed(100 + rank() if ranks > 1 else 100)  # ranks may draw other random numbers
+    options = LIMITS | ({"devices": ranks, "strategy": "ddp"} if ranks > 1 else {})
+    saver = SaveEverywhere(Path(folder))
+    train_staged(module, callbacks=[saver], stages=TWO_RANKS if ranks > 1 else STAGES, **options)
+    return {"final": everything(module), "losses": [float(loss) for loss in module.losses], "lrs": rates(module)}
+
+
+def resume_from_all(checkpoints: list[str], kind: type[Staged], ranks: int) -> dict[str, Any]:
+    found = {}
+    for checkpoint in checkpoints:
+        module = kind()
+        options = LIMITS | ({"devices": ranks, "strategy": "ddp"} if ranks > 1 else {})
+        train_staged(module, resume=checkpoint, stages=TWO_RANKS if ranks > 1 else STAGES, **options)
+        found[checkpoint] = {
+            "final": everything(module),
+            "losses": [float(loss) for loss in module.losses],
+            "lrs": rates(module),
+        }
+    return found
+
+
+def rates(module: Staged) -> list[float]:
+    return [step["lr"] for step in module.steps]
+
+
+def save_and_resume_on_a_rank(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    whole = save_everywhere(folder, Dropping, 2)
+    torch.distributed.barrier()
+    after, inside = sorted(Path(folder).glob("[0-9][0-9].ckpt")), sorted(Path(folder).glob("*-inside.ckpt"))
+    return whole, resume_from_all([str(path) for path in (*after, *inside[::5])], Dropping, 2)
+
+
+def test_two_ranks_resume_bitwise_at_every_micro_batch(tmp_path: Path) -> None:
+    """With dropout, and other random numbers on every rank."""
+    for index, (whole, resumed) in enumerate(run_ranks(save_and_resume_on_a_rank, 2, str(tmp_path), init_group=False)):
+        assert len(resumed) >= len(whole["losses"])
+        for checkpoint, found in resumed.items():
+            tail = len(whole["losses"]) - len(found["losses"])
+            assert found["losses"] == whole["losses"][tail:], checkpoint
+            names = differing(whole["final"], found["final"])
+            # DDP has one set of running statistics, rank 0's, and gives them to the others with the next batch.
+            assert [name for name in names if index == 0 or "running" not in name] == [], checkpoint
+
+
+def test_another_number_of_ranks_continues_the_same_training(tmp_path: Path) -> None:
+    """One rank's checkpoints on two, at the same global batches; without dropout, whose masks are each rank's own."""
+    whole = save_everywhere(str(tmp_path), Staged, 1)
+    checkpoints = [str(path) for path in sorted(tmp_path.glob("*.ckpt"))]
+    results = run_ranks(resume_from_all, 2, checkpoints[::6], Staged, 2, init_group=False)
+    for found in (result for rank_results in results for result in rank_results.values()):
+        assert found["lrs"] == whole["lrs"][len(whole["lrs"]) - len(found["lrs"]) :]
+        for name, value in whole["final"].items():
+            torch.testing.assert_close(found["final"][name], value, rtol=1e-6, atol=1e-6)
+
+
+def save_on_a_rank(folder: str) -> dict[str, Any]:
+    return save_everywhere(folder, Staged, 2)
+
+
+def test_one_rank_continues_what_two_began(tmp_path: Path) -> None:
+    whole = run_ranks(save_on_a_rank, 2, str(tmp_path), init_group=False)[0]
+    checkpoints = [str(path) for path in sorted(tmp_path.glob("*.ckpt"))]
+    for checkpoint, found in resume_from_all(checkpoints[::6], Staged, 1).items():
+        for name, value in whole["final"].items():
+            torch.testing.assert_close(found["final"][name], value, rtol=1e-6, atol=1e-6, msg=checkpoint)

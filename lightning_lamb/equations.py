@@ -10,12 +10,16 @@ Symbols: ``w`` weight, ``g`` gradient, ``m`` first moment, ``v`` second moment, 
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 Scalar = float | Tensor
+if TYPE_CHECKING:
+    LearningRate = float | Tensor
+else:
+    LearningRate = float  # what a command line can give: with Tensor its help would list every subclass of Tensor
 BiasCorrection = bool | Literal["lr"]
 Nesterov = Literal["first", "both"] | None
 NormKind = Literal["l2", "l1", "linf"]

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
+from lightning_lamb.equations import LearningRate
 from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.optimizers.lamb import Lamb
 
 
 def paper_lamb(
     params: Any,
-    lr: float | Tensor = 1e-3,
+    lr: LearningRate = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.01,
@@ -41,7 +40,7 @@ def paper_lamb(
 
 def tfa_lamb(
     params: Any,
-    lr: float | Tensor = 1e-3,
+    lr: LearningRate = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.0,
@@ -63,7 +62,7 @@ def tfa_lamb(
 
 def nvlamb(
     params: Any,
-    lr: float | Tensor = 1e-3,
+    lr: LearningRate = 1e-3,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
     weight_decay: float = 0.01,
@@ -89,7 +88,7 @@ def nvlamb(
 
 def timm_lamb(
     params: Any,
-    lr: float | Tensor = 1e-3,
+    lr: LearningRate = 1e-3,
     bias_correction: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-6,
@@ -118,7 +117,7 @@ def timm_lamb(
 
 def deepspeed_lamb(
     params: Any,
-    lr: float | Tensor = 1e-3,
+    lr: LearningRate = 1e-3,
     bias_correction: bool = True,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -159,7 +158,7 @@ def deepspeed_lamb(
 
 def _clipping_variant(
     params: Any,
-    lr: float | Tensor,
+    lr: LearningRate,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,

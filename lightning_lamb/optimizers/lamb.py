@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor
-
-from lightning_lamb.equations import Coefficients, Scalar, adam_coefficients
+from lightning_lamb.equations import Coefficients, LearningRate, Scalar, adam_coefficients
 from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
 
 
@@ -66,7 +64,7 @@ class Lamb(LayerwiseOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-3,
+        lr: LearningRate = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.01,

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import Tensor
-
-from lightning_lamb.equations import Coefficients, Scalar
+from lightning_lamb.equations import Coefficients, LearningRate, Scalar
 from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
 
 _NO_COEFFICIENTS = Coefficients(1.0, 0.0, 1.0, 0.0, 1.0)
@@ -51,7 +49,7 @@ class Lars(LayerwiseOptimizer):
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-2,
+        lr: LearningRate = 1e-2,
         momentum: float = 0.9,
         weight_decay: float = 0.01,
         *,

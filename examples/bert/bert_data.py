@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from bert_corpus import Corpus, corpus_of
 from bert_samples import MaskedPairs, make_pairs
@@ -88,9 +88,8 @@ class BertData(LightningDataModule):
     def val_dataloader(self) -> DataLoader:
         # Every sample has one mask, the same in every validation.
         samples = self._samples(self.held_out_sentences, static_masks=1)
-        keys = [(0, index) for index in range(len(samples))]
-        batches = [keys[start : start + self.batch_size] for start in range(0, len(keys), self.batch_size)]
-        return DataLoader(samples, batch_sampler=batches, num_workers=self.num_workers)
+        first_pass = Subset(samples, [(0, index) for index in range(len(samples))])  # type: ignore[arg-type]
+        return DataLoader(first_pass, self.batch_size, num_workers=self.num_workers)
 
     def _samples(self, sentences: list[list[Tokens]], static_masks: int | None) -> MaskedPairs:
         pairs = make_pairs(sentences, self.sequence_length, self.seed)

@@ -202,3 +202,43 @@ def test_bert_tiny_follows_its_plan_and_falls_below_the_unigram_entropy_in_both_
         assert stage["val_mlm_loss"] < numbers["unigram_entropy"]
     run(str(ROOT / "examples" / "bert" / "plot.py"), str(metrics), "--output", "stages.png", folder=tmp_path)
     assert (tmp_path / "stages.png").stat().st_size > 50_000
+
+
+# ---- the configs of BERT-Large, made small
+
+
+def shrunk(path: Path, text: Path) -> dict[str, Any]:
+    """A config of BERT-Large with its strategy and callbacks, for two CPU ranks: smaller numbers, nothing else."""
+    small = yaml.safe_load(path.read_text(encoding="utf-8"))
+    small["model"] |= {"vocabulary_size": 200, "hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 32}
+    small["data"] |= {"vocabulary_size": 200, "text": str(text), "num_workers": 0, "cache": str(text.parent)}
+    small["trainer"] |= {"accelerator": "cpu", "devices": 2, "precision": "32-true", "enable_progress_bar": False}
+    small["trainer"]["logger"] = {
+        "class_path": "lightning.pytorch.loggers.CSVLogger",
+        "init_args": {"save_dir": "runs"},
+    }
+    strategy = small["trainer"]["strategy"]
+    if "data_parallel_size" in (strategy.get("init_args", {}) if isinstance(strategy, dict) else {}):
+        strategy["init_args"]["data_parallel_size"] = 2
+    batch = small["trainer"]["callbacks"][0]["init_args"]
+    batch |= {"base_batch_size": BASE_BATCH, "base_lr": BASE_LR}
+    for stage, smaller in zip(batch["stages"], STAGES, strict=True):
+        stage |= {name: smaller[name] for name in ("steps", "global_batch_size", "micro_batch_size", "warmup_steps")}
+        stage["data"] |= {"steps_per_epoch": 2} | smaller["data"]
+    small["trainer"]["callbacks"][-1]["init_args"]["every_n_train_steps"] = 4
+    return small
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "deepspeed"])
+def test_the_strategies_of_bert_large_train_both_stages_on_two_ranks(strategy: str, text: Path, tmp_path: Path):
+    if strategy == "deepspeed":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    config = shrunk(ROOT / "configs" / f"bert-large-{strategy}.yaml", text)
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    script = str(ROOT / "examples" / "bert" / "train.py")
+    run(script, "fit", "--config", "small.yaml", folder=tmp_path, DS_ACCELERATOR="cpu")
+    (metrics,) = tmp_path.glob("runs/lightning_logs/version_*/metrics.csv")
+    assert_is_the_plan(logged(metrics), planned(STAGES, BASE_BATCH, BASE_LR))
+    assert sorted(plot.curves(metrics)["val_mlm_loss"]) == [1, 3, 5, 7, 9]
+    assert len(list(tmp_path.glob("runs/lightning_logs/version_*/checkpoints/*"))) >= 2

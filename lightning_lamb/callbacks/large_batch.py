@@ -64,7 +64,8 @@ class LargeBatch(Callback):
     Put it first in ``Trainer(callbacks=[...])`` and leave ``accumulate_grad_batches`` alone. It also makes schedulers
     step per optimizer step, fills in the length of a StagedWarmup (or adds one if a warm-up is asked for), and points
     an optimizer that was made before FSDP2 or XLA replaced the parameters at the new ones. What it derived is printed
-    once and kept in ``derived``.
+    once and kept in ``derived``; in a training in stages ``plan`` holds them with their steps, and ``stage`` the index
+    of the present one.
 
     Args:
         global_batch_size: Samples per optimizer step, over all ranks. Required, unless a recipe gives it.
@@ -129,9 +130,8 @@ class LargeBatch(Callback):
         given = (global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling)
         self.stage_options = StageOptions.of(*given, recipe, stages, doublings, total_samples, micro_batch_size)
         self.rules = BatchRules.of(*given, recipe) if self.stage_options is None else self.stage_options.rules
-        self.micro_batch_size = None
-        if micro_batch_size is not None and self.stage_options is None:
-            self.micro_batch_size = whole_number("micro_batch_size", micro_batch_size)
+        one_size = micro_batch_size if self.stage_options is None else None
+        self.micro_batch_size = None if one_size is None else whole_number("micro_batch_size", one_size)
         one_of("loss_reduction", loss_reduction, ("mean", "sum"))
         one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
         one_of("on_plan_change", on_plan_change, ("error", "adopt", "rewarm"))
@@ -144,12 +144,11 @@ class LargeBatch(Callback):
         self.on_plan_change = on_plan_change
         self.derived: DerivedBatch | None = None
         self.plan: StagedBatches | None = None
-        """The stages with their steps, in a training that has some."""
         self.stage = 0
-        """The index of the present one."""
         self._before: LiveParameters | None = None
         self._window: WindowMean | None = None
-        self._window_loss = WindowLoss(log_window_loss, loss_reduction)
+        self.log_window_loss = log_window_loss
+        self._window_loss: WindowLoss | None = None
         self._restored: dict[str, Any] = {}
         self._batches: list[DerivedBatch] = []
         self._resume = ExactResume(exact_resume)
@@ -220,7 +219,7 @@ class LargeBatch(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the window's loss, and ends the epoch where a stage ends: the next one has data of its own."""
-        if self._window is not None:
+        if self._window is not None and self._window_loss is not None:
             self._window_loss.add(trainer, pl_module, outputs, self._window.last_count)
         if self.plan is not None and self.plan.at(trainer.global_step) != self.stage:
             end_epoch(trainer)
@@ -266,6 +265,7 @@ class LargeBatch(Callback):
         )
         if self.exact_windows and not strategy_accumulates(trainer):
             self._window = WindowMean(derived.micro_batch_size, self.loss_reduction)
+            self._window_loss = WindowLoss(self.log_window_loss, self.loss_reduction)
         self._print(trainer, derived)
         drop_train_data_before_resume(trainer)
 

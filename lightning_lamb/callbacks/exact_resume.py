@@ -60,7 +60,7 @@ class ExactResume:
         if position is not None and position.micro_batches == 0:
             begin_epoch_anew(trainer)
         self._buffers.keep(module)
-        self._loader_states = []
+        self._loader_states = [_copied(state) for state in loader_states(trainer)]
         if not self.enabled:
             return
         states = _of_rank(saved, trainer.global_rank)
@@ -74,6 +74,7 @@ class ExactResume:
 
     def take_loaders(self, trainer: Trainer) -> None:
         """Replaces ordinary dataloaders, where there are new ones, and skips what was seen."""
+        self._loader_states = [_copied(state) for state in loader_states(trainer)]  # a window begins here
         order = self._order
         if order is None:
             return

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 from example_scripts import ROOT, module, run
-from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_lamb import Lamb, LargeBatch
@@ -78,17 +78,27 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+class EveryMicroBatch(Callback):
+    """Saves after every micro-batch, counted over the whole training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        done = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+        trainer.save_checkpoint(self.folder / f"{done}.ckpt")
+
+
 class Run:
     """One training of a small BERT; what it logs and saves is in ``folder``."""
 
     def __init__(self, text: Path, folder: Path, stages: list[dict[str, Any]] = STAGES, **options: Any) -> None:
         torch.manual_seed(0)
         sizes = {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 32, "max_sequence_length": 48}
-        self.model = bert_model.BertPretraining(vocabulary_size=200, dropout=0.0, **sizes)
+        self.model = bert_model.BertPretraining(vocabulary_size=200, dropout=0.1, **sizes)
         self.model.configure_optimizers = lambda: Lamb(self.model.named_parameters(), lr=BASE_LR)
         self.data = bert_data.BertData(str(text), vocabulary_size=200, steps_per_epoch=2, cache=str(text.parent))
         self.folder = folder
-        self.saved = ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
         self.trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -97,7 +107,7 @@ class Run:
                 LargeBatch(stages=stages, base_batch_size=BASE_BATCH, base_lr=BASE_LR),
                 ThroughputMonitor(tokens="input_ids"),
                 LearningRateMonitor("step"),
-                self.saved,
+                EveryMicroBatch(folder),
             ],
             log_every_n_steps=1,
             enable_progress_bar=False,
@@ -132,11 +142,21 @@ def test_both_stages_are_validated_at_their_own_sequence_length(whole):
     ]
 
 
-@pytest.mark.parametrize("step", [1, 5, 6, 7])
-def test_a_run_resumed_in_a_stage_or_between_two_ends_bit_for_bit_like_the_whole_one(whole, text, tmp_path, step):
-    """Data order, masks, accumulation, learning rate and moments: 5 and 7 are inside stages, 6 is the switch."""
+# Micro-batches: stage 1 has 6 windows of 4, so 24 is the switch; stage 2 has 4 windows of 4.
+@pytest.mark.parametrize("done", [2, 7, 20, 23, 24, 25, 33])
+def test_a_run_resumed_at_a_micro_batch_ends_bit_for_bit_like_the_whole_one(whole, text, tmp_path, done):
+    """Data order, masks, dropout, accumulation, learning rate and moments, also inside windows."""
     folder, expected = whole
-    resumed = Run(text, tmp_path).fit(folder / f"step={step}.ckpt")
+    resumed = Run(text, tmp_path).fit(folder / f"{done}.ckpt")
+    for name, value in expected.items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_run_that_is_killed_again_before_its_first_window_is_full_continues_too(whole, text, tmp_path):
+    """A checkpoint from inside the first window after a resume still knows where the stream of samples is."""
+    folder, expected = whole
+    Run(text, tmp_path / "first").fit(folder / "14.ckpt")
+    resumed = Run(text, tmp_path / "second").fit(tmp_path / "first" / "14.ckpt")
     for name, value in expected.items():
         assert torch.equal(value, resumed[name]), name
 

@@ -140,7 +140,11 @@ class ImageData(LightningDataModule):
         ranks = (self.trainer.distributed_sampler_kwargs if self.trainer else None) or {"num_replicas": 1, "rank": 0}
         sampler = EpochSampler(self.train_set, shuffle=True, seed=self.seed, **ranks)
         return DataLoader(
-            self.train_set, self.batch_size, sampler=sampler, num_workers=self.num_workers, pin_memory=torch.cuda.is_available()
+            self.train_set,
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
         )
 
     def val_dataloader(self) -> DataLoader:

@@ -30,7 +30,7 @@ if [ "$extra" = test ]; then
   # Peers' LAMBs, compared with ours. Without their dependencies: timm's torchvision would replace or break torch.
   install --no-deps timm pytorch_optimizer torch_optimizer pytorch-ranger
   if [ -d tests/deepspeed ]; then
-    DS_BUILD_OPS=0 install --no-build-isolation "deepspeed>=0.14.5,<0.20"
+    DS_BUILD_OPS=0 install --no-build-isolation "deepspeed>=0.19,<0.20"
   fi
 fi
 echo "$wanted" > "$stamp"

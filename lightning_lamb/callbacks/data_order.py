@@ -43,6 +43,7 @@ class DataOrder:
             seed = int(os.environ.get("PL_GLOBAL_SEED", 0 if ranks > 1 else torch.initial_seed() % 2**32))
         self.seed = seed
         self._skip = (-1, 0)
+        self._given: dict[int, tuple[torch.Generator, int]] = {}  # keeps the generators, whose ids are the keys
 
     def begin_at(self, epoch: int, micro_batches: int) -> None:
         """Skips the first micro-batches of one epoch."""
@@ -56,6 +57,18 @@ class DataOrder:
     def private(self) -> PrivateRandomness:
         """Random numbers that depend on seed and epoch alone."""
         return PrivateRandomness(self.seed * 1_000_003 + self.epoch())
+
+    def seed_generator_of(self, owner: Any) -> None:
+        """Gives the user's own generator of a sampler or loader the same numbers in every run of an epoch.
+
+        They depend on the seed that the user gave it. A generator tells its last seed only, and a loader shares its
+        generator with its sampler: so what was given is kept from the first time.
+        """
+        generator = getattr(owner, "generator", None)
+        if generator is None:
+            return
+        _, given = self._given.setdefault(id(generator), (generator, generator.initial_seed()))
+        generator.manual_seed((given + self.seed + self.epoch()) % 2**63)
 
     def follow(self, loader: Any) -> None:
         """Takes the seed of a DistributedSampler, or gives it the one of the checkpoint."""
@@ -95,6 +108,8 @@ def resumable(loader: Any, order: DataOrder, *, skips: bool) -> Any:
     made: Any = object.__new__(type(kind.__name__, (ResumableLoader, kind), {"__doc__": kind.__doc__}))
     made.__dict__.update(loader.__dict__)
     made.order, made.skips = order, skips
+    # Lightning has made an iterator already, and persistent workers would go on with the sampler that it knows.
+    made._iterator = None  # noqa: SLF001 - torch's, and torch sets it to None as well
     order.follow(made)
     return made
 
@@ -121,7 +136,7 @@ class ResumableLoader:
             set_epoch = getattr(sampler, "set_epoch", None)
             if callable(set_epoch):
                 set_epoch(order.epoch())
-        _seed_generator_of(self, order.seed + order.epoch())
+        order.seed_generator_of(self)
         with order.private()():  # the seed of the workers
             inner = super().__iter__()  # type: ignore[misc]
         if isinstance(self.dataset, IterableDataset):  # type: ignore[attr-defined]
@@ -177,6 +192,7 @@ class OrderedIndices:
 
     def _draw(self, skipped: int, private: PrivateRandomness, seed: int) -> Iterator[Any]:
         inner, nothing = iter(self._sampler), object()
+        self._order.seed_generator_of(self._innermost)
         with private(), _shuffled_by(self._innermost, seed):
             drawn = next(inner, nothing)
         # torch's own samplers draw their order at once; others may draw from the global generators each time.
@@ -199,13 +215,9 @@ class OrderedIndices:
 def _shuffled_by(sampler: Any, seed: int) -> Iterator[None]:
     """Has a RandomSampler shuffle as a DistributedSampler with this seed and epoch would, on its first draw.
 
-    So the order of the data is the same on one rank and on several.
+    So the order of the data is the same on one rank and on several, unless the sampler has a generator of its own.
     """
-    if not isinstance(sampler, RandomSampler):
-        yield
-        return
-    if sampler.generator is not None:
-        _seed_generator_of(sampler, seed)
+    if not isinstance(sampler, RandomSampler) or sampler.generator is not None:
         yield
         return
     sampler.generator = torch.Generator().manual_seed(seed)
@@ -213,12 +225,3 @@ def _shuffled_by(sampler: Any, seed: int) -> Iterator[None]:
         yield
     finally:
         sampler.generator = None
-
-
-def _seed_generator_of(owner: Any, seed: int) -> None:
-    """Gives the user's own generator of a sampler or loader the same numbers in every run of an epoch."""
-    generator = getattr(owner, "generator", None)
-    if generator is None:
-        return
-    given = vars(owner).setdefault("lightning_lamb_seed", generator.initial_seed())
-    generator.manual_seed((given + seed) % 2**63)

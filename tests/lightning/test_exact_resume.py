@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, WeightedRandomSampler
 
 from tests.distributed import rank, run_ranks
-from tests.lightning.staged_toys import STAGES, Dropping, SaveEverywhere, Staged, StagedData, everything, train_staged
+from tests.lightning.staged_toys import (
+    STAGES,
+    Dropping,
+    Noisy,
+    SaveEverywhere,
+    Staged,
+    StagedData,
+    everything,
+    train_staged,
+)
 
 
 def differing(left: dict[str, Tensor], right: dict[str, Tensor]) -> list[str]:
@@ -33,6 +44,87 @@ def test_one_process_resumes_bitwise_at_every_micro_batch(tmp_path: Path, valida
         assert [float(loss) for loss in resumed.losses] == [float(loss) for loss in whole.losses[tail:]], (
             checkpoint.name
         )
+        assert differing(everything(whole), everything(resumed)) == [], checkpoint.name
+
+
+class StatefulLoader:
+    """A user's own loader: unshuffled, it continues from its state, and LargeBatch leaves it alone."""
+
+    def __init__(self, batch_size: int, length: int) -> None:
+        self.batch_size, self.data, self.position = batch_size, Noisy(length, False), 0
+
+    def __len__(self) -> int:
+        return len(self.data) // self.batch_size
+
+    def __iter__(self) -> Iterator[Tensor]:
+        start, self.position = self.position, 0
+        for first in range(start, len(self.data), self.batch_size):
+            self.position = (first + self.batch_size) % len(self.data)
+            yield torch.stack([self.data[first + index] for index in range(self.batch_size)])
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Stream(IterableDataset):
+    """Samples without a length or a state."""
+
+    def __init__(self, length: int) -> None:
+        self.data = Noisy(length, False)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self.data[index] for index in range(len(self.data)))
+
+
+class Batches:
+    """A user's own loader without a state: it can only be iterated past what was seen."""
+
+    def __init__(self, loader: DataLoader) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.loader)
+
+
+class OtherData(StagedData):
+    kind = "stateful"
+
+    def train_dataloader(self) -> Any:
+        if self.kind == "stateful":
+            return StatefulLoader(self.batch_size, self.length)
+        if self.kind == "stream":
+            return DataLoader(Stream(self.length), self.batch_size)
+        data = Noisy(self.length, False)
+        if self.kind == "own class":
+            return Batches(DataLoader(data, self.batch_size))
+        if self.kind == "weighted":  # draws from the global generator
+            weighted = WeightedRandomSampler(torch.linspace(1, 2, len(data)), len(data))
+            return DataLoader(data, self.batch_size, sampler=weighted)
+        if self.kind == "own generator":
+            return DataLoader(data, self.batch_size, shuffle=True, generator=torch.Generator().manual_seed(5))
+        return DataLoader(data, self.batch_size, shuffle=True, num_workers=1, persistent_workers=True)
+
+
+@pytest.mark.parametrize("kind", ["stateful", "stream", "own class", "weighted", "own generator", "workers"])
+def test_every_kind_of_loader_continues_exactly(tmp_path: Path, kind: str) -> None:
+    def data() -> OtherData:
+        made = OtherData()
+        made.kind = kind
+        return made
+
+    sized = {"stages": [{**stage, "micro_batch_size": 2} for stage in STAGES]} if kind == "own class" else {}
+    whole = Dropping()
+    train_staged(whole, data(), callbacks=[SaveEverywhere(tmp_path)], limit_val_batches=0, **sized)
+    for checkpoint in sorted(tmp_path.glob("*.ckpt"))[:: 12 if kind == "workers" else 3]:
+        torch.manual_seed(99)
+        resumed = Dropping()
+        train_staged(resumed, data(), resume=checkpoint, limit_val_batches=0, **sized)
         assert differing(everything(whole), everything(resumed)) == [], checkpoint.name
 
 

@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -20,7 +19,6 @@ from lightning_lamb import Lamb, LargeBatch, StagedWarmup
 from lightning_lamb.callbacks.batch_stages import BatchStage
 from lightning_lamb.errors import BatchSizeError, ConflictError, InvalidOptionError, PlanError
 from lightning_lamb.stages import Stage, learning_rate
-from tests.distributed import run_ranks
 from tests.lightning.staged_toys import STAGES, Noisy, Staged, StagedData, everything, train_staged
 from tests.lightning.toys import Regression, quiet_trainer, regression_data
 
@@ -317,52 +315,7 @@ def test_rewarming_needs_a_schedule_that_can(tmp_path: Path) -> None:
         train_staged(Staged(), data, tmp_path / "plain.ckpt", large_batch=rewarming, max_steps=4, **LIMITS)
 
 
-# ---- sharded
-
-
-class Sharded(Staged):
-    def configure_model(self) -> None:
-        from torch.distributed.fsdp import fully_shard
-
-        if not hasattr(self, "sharded"):
-            self.sharded = True
-            for layer in (self.net[0], self.net[4], self.net):
-                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
-
-
-def fsdp2_on_a_rank(folder: str) -> dict[str, Any]:
-    stages = [{**stage, "micro_batch_size": 1} for stage in STAGES]
-    found = {}
-    for resume in (None, "step=3.ckpt", "step=4.ckpt", "step=5.ckpt"):
-        module = Sharded()
-        saver = [ModelCheckpoint(folder, "{step}", save_top_k=-1, every_n_train_steps=1)] if resume is None else []
-        train_staged(
-            module,
-            resume=None if resume is None else f"{folder}/{resume}",
-            callbacks=saver,
-            stages=stages,
-            devices=2,
-            strategy=ModelParallelStrategy(2, 1),
-            enable_checkpointing=bool(saver),
-            **LIMITS,
-        )
-        weights = {name: p.full_tensor() if hasattr(p, "full_tensor") else p for name, p in module.named_parameters()}
-        found[resume] = ({name: value.detach().clone() for name, value in weights.items()}, module.steps)
-    return found
-
-
-def test_fsdp2_on_two_ranks_trains_and_resumes_the_stages(tmp_path: Path) -> None:
-    whole = Staged()
-    train_staged(whole, **LIMITS)
-    for found in run_ranks(fsdp2_on_a_rank, 2, str(tmp_path), init_group=False):
-        final, steps = found[None]
-        assert [step["lr"] for step in steps] == [step["lr"] for step in whole.steps]
-        assert [2 * step["samples"] for step in steps] == [step["samples"] for step in whole.steps]
-        for name, value in whole.named_parameters():
-            torch.testing.assert_close(final[name], value.detach(), rtol=1e-6, atol=1e-6)
-        for resumed, later in list(found.values())[1:]:
-            assert later == steps[len(steps) - len(later) :]
-            assert all(torch.equal(resumed[name], final[name]) for name in final)
+# ---- another optimizer
 
 
 def test_stages_on_an_optimizer_that_is_not_ours() -> None:

@@ -12,8 +12,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_lamb.callbacks.conflicts import refuse_double_clipping
 from lightning_lamb.callbacks.large_batch import large_batch_of
+from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.lightning_seams import load_cli, module_that_knows, register_strategies, total_optimizer_steps
-from lightning_lamb.optimizers import Lamb, Lars, LayerwiseOptimizer
+from lightning_lamb.optimizers import Lamb, Lars, LayerwiseOptimizer, ShardedStateOptimizer
 from lightning_lamb.param_groups import GroupRules, lamb_param_groups
 from lightning_lamb.schedules import StagedWarmup
 from lightning_lamb.sharding.annotate import annotate, clean_name, true_shape
@@ -44,6 +45,7 @@ class LambCLI(LightningCLI):
     * The optimizer is built when Lightning calls ``configure_optimizers``: after FSDP2, tensor parallelism or XLA
       replaced the parameters, which the stock CLI misses.
     * ``--param_groups.no_decay_names '["embedding"]'`` and so on: which parameters have no decay or no trust ratio.
+    * ``--shard_optimizer_state true``: under DDP, the optimizer's state divided by the number of ranks.
     * Schedulers step per optimizer step (``--lr_interval``), and a StagedWarmup without ``total_steps`` gets the
       Trainer's length.
     * ``--trainer.strategy lamb_deepspeed_stage_2`` and so on: LambDeepSpeedStrategy by name.
@@ -66,6 +68,12 @@ class LambCLI(LightningCLI):
             help="When the scheduler of --lr_scheduler steps: after every optimizer step, or every epoch.",
         )
         parser.add_class_arguments(GroupRules, "param_groups")
+        parser.add_argument(
+            "--shard_optimizer_state",
+            type=bool,
+            default=False,
+            help="Under DDP, divide the state of a Lamb or Lars by the number of ranks (ZeRO stage 1).",
+        )
         # Instead of the tuples of classes, which jsonargparse prints as they are.
         groups = parser.groups or {}
         groups["optimizer"].title = "The optimizer: Lamb, Lars, or any of torch.optim.Optimizer"
@@ -125,6 +133,14 @@ class LambCLI(LightningCLI):
             )
             if not ours:
                 params = _by_decay(params)
+        if self._get(self.config_init, "shard_optimizer_state"):
+            if not ours:
+                raise InvalidOptionError(
+                    "--shard_optimizer_state divides the state of Lamb or Lars, and --optimizer is "
+                    f"{init['class_path']}: leave it out, or use torch's ZeroRedundancyOptimizer in "
+                    "configure_optimizers."
+                )
+            return ShardedStateOptimizer(params, target, **options)
         optimizer: Optimizer = target(params, **options)
         return optimizer
 
@@ -135,6 +151,7 @@ class LambCLI(LightningCLI):
         waits = "total_steps" in options and options["total_steps"] is None
         if isinstance(target, type) and issubclass(target, StagedWarmup):
             scheduler = target(optimizer, **options)
+            scheduler.follow_optimizer()
             if scheduler.total_steps is None and large_batch_of(trainer) is None:  # LargeBatch does it itself
                 scheduler.set_total_steps(total_optimizer_steps(trainer))
             return scheduler

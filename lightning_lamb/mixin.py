@@ -21,7 +21,7 @@ from lightning_lamb.lightning_seams import (
     module_that_knows,
     total_optimizer_steps,
 )
-from lightning_lamb.optimizers import Lamb, LayerwiseOptimizer
+from lightning_lamb.optimizers import Lamb, LayerwiseOptimizer, ShardedStateOptimizer
 from lightning_lamb.param_groups import GroupRules, lamb_param_groups
 from lightning_lamb.schedules import StagedWarmup
 from lightning_lamb.sharding.annotate import annotate, clean_name, true_shape
@@ -46,6 +46,8 @@ class LambMixin:
         lamb_schedule: options of a StagedWarmup, stepped per optimizer step, its length filled in from the Trainer;
             None: no schedule, except the warm-up that LargeBatch is asked for.
         lamb_optimizer: Lamb, or Lars.
+        lamb_shard_optimizer_state: under DDP, divide the optimizer's state by the number of ranks (ZeRO stage 1, see
+            `ShardedStateOptimizer`). FSDP and tensor parallelism divide it anyway.
     """
 
     lamb_lr: float | Tensor = 1e-3
@@ -53,6 +55,7 @@ class LambMixin:
     lamb_group_rules: GroupRules = GroupRules()
     lamb_schedule: Mapping[str, Any] | None = None
     lamb_optimizer: type[LayerwiseOptimizer] = Lamb
+    lamb_shard_optimizer_state: bool = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Refuses a class in which LightningModule's own methods would win.
@@ -95,12 +98,18 @@ class LambMixin:
         """
         trainer = attached_trainer(self)  # type: ignore[arg-type]
         annotate(module_that_knows(trainer, self))  # type: ignore[arg-type]
-        optimizer = self.lamb_optimizer(self.lamb_param_groups(), lr=self.lamb_lr, **self.lamb_options)  # type: ignore[call-arg]
+        options = {"lr": self.lamb_lr, **self.lamb_options}
+        optimizer: Optimizer
+        if self.lamb_shard_optimizer_state:
+            optimizer = ShardedStateOptimizer(self.lamb_param_groups(), self.lamb_optimizer, **options)
+        else:
+            optimizer = self.lamb_optimizer(self.lamb_param_groups(), **options)  # type: ignore[arg-type]
         if trainer is not None:
             refuse_double_clipping(trainer, [optimizer])
         if self.lamb_schedule is None:
             return optimizer
         scheduler = StagedWarmup(optimizer, **self.lamb_schedule)
+        scheduler.follow_optimizer()
         if scheduler.total_steps is None and trainer is not None and large_batch_of(trainer) is None:
             scheduler.set_total_steps(total_optimizer_steps(trainer))  # LargeBatch does it itself, and adds its warm-up
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}

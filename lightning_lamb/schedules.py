@@ -70,6 +70,7 @@ class StagedWarmup(LRScheduler):
     """
 
     _starting = False  # True within the step that a scheduler takes when it is made
+    _optimizer_steps: int | None = None  # since the last step(); None where nobody counts
 
     def __init__(
         self,
@@ -161,6 +162,27 @@ class StagedWarmup(LRScheduler):
         base_lrs = self._base_lrs()
         step = max(self.last_epoch, 0)
         return [learning_rate(self.stages, step, base_lr, base_lrs[0]) for base_lr in base_lrs]
+
+    def follow_optimizer(self) -> None:
+        """From now on let ``step()`` count only if the optimizer made a step since the last call.
+
+        A GradScaler skips the optimizer where gradients overflowed, and Lightning steps its schedulers all the same.
+        LambMixin, LargeBatch and LambCLI call this. No communication: under a GradScaler all ranks skip together.
+        """
+        if self._optimizer_steps is None:
+            self._optimizer_steps = 0
+            self.optimizer.register_step_post_hook(self._count_optimizer_step)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance to the next optimizer step's learning rate; see `follow_optimizer`."""
+        if self._optimizer_steps == 0 and epoch is None:
+            return
+        if self._optimizer_steps is not None:
+            self._optimizer_steps = 0
+        super().step(epoch) if epoch is not None else super().step()
+
+    def _count_optimizer_step(self, *_: Any) -> None:
+        self._optimizer_steps = (self._optimizer_steps or 0) + 1
 
     def state_dict(self) -> dict[str, Any]:
         """Return numbers, strings, lists and dicts only, so that ``torch.load(weights_only=True)`` reads it."""

@@ -45,6 +45,8 @@ def set_interval(trainer: Trainer, interval: Literal["step", "epoch"]) -> list[s
     changed = []
     for config in scheduler_configs(trainer):
         wanted = "step" if isinstance(config.scheduler, StagedWarmup) else interval
+        if isinstance(config.scheduler, StagedWarmup):
+            config.scheduler.follow_optimizer()
         if not config.reduce_on_plateau and (config.interval, config.frequency) != (wanted, 1):
             config.interval, config.frequency = wanted, 1
             changed.append(type(config.scheduler).__name__)
@@ -78,6 +80,7 @@ def set_warmup(trainer: Trainer, warmup_steps: int, total_steps: int, **options:
     if not existing:
         optimizer = trainer.optimizers[0]
         scheduler = StagedWarmup(optimizer, total_steps=total_steps, warmup_steps=warmup_steps, **options)
+        scheduler.follow_optimizer()
         add_step_scheduler(trainer, scheduler, name="lr")
         return
     staged = staged_warmup_of(trainer)
@@ -106,7 +109,9 @@ def set_stages(trainer: Trainer, stages: list[Stage], **options: Any) -> None:
     """
     existing = schedulers_of(trainer)
     if not existing:
-        add_step_scheduler(trainer, StagedWarmup(trainer.optimizers[0], stages, **options), name="lr")
+        scheduler = StagedWarmup(trainer.optimizers[0], stages, **options)
+        scheduler.follow_optimizer()
+        add_step_scheduler(trainer, scheduler, name="lr")
         return
     staged = staged_warmup_of(trainer)
     if staged is None or staged.total_steps is not None or not staged.is_unplanned:

@@ -15,6 +15,7 @@ import yaml
 
 from lightning_lamb import GroupRules, Lamb, LambCLI, LargeBatch, Lars, StagedWarmup
 from lightning_lamb.errors import ConflictError, InvalidOptionError
+from lightning_lamb.optimizers import ShardedStateOptimizer
 from tests.lightning.toys import Batches, Regression, regression_data
 
 ROOT = Path(__file__).parents[2]
@@ -261,6 +262,14 @@ def test_plateau_schedulers_keep_their_monitor() -> None:
 
     made = cli("--optimizer=Lamb", "--lr_scheduler=ReduceLROnPlateau", "--lr_scheduler.monitor=loss", model=Monitored)
     assert made.trainer.lr_scheduler_configs[0].monitor == "loss"
+
+
+def test_the_optimizers_state_can_be_divided() -> None:
+    optimizer = optimizer_of("--optimizer=lightning_lamb.Lars", "--shard_optimizer_state=true", "--optimizer.lr=0.03")
+    assert (type(optimizer), optimizer.optimizer_class) == (ShardedStateOptimizer, Lars)
+    assert optimizer.param_groups[0]["lr"] == 0.03
+    with pytest.raises(InvalidOptionError, match=r"AdamW: leave it out"):
+        optimizer_of("--optimizer=torch.optim.AdamW", "--shard_optimizer_state=true")
 
 
 def test_without_an_optimizer_the_module_keeps_its_own() -> None:

@@ -1,8 +1,8 @@
 """ZeRO stage 1: whole weights and gradients on every rank, optimizer state cut evenly over the ranks.
 
 Every rank steps its slice of every layer, the norms are completed as for any other sharding, and the new weights are
-gathered. Torch's ``ZeroRedundancyOptimizer`` gives whole layers to ranks instead: as uneven as the layers are, its
-ranks know only the gradient norm of their own layers, and it rounds float32 masters when it loads them.
+gathered. Torch's ``ZeroRedundancyOptimizer`` gives whole layers to ranks instead: as uneven as the layers are, and its
+ranks know neither names nor the gradient norm of the layers that they do not hold.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ShardedStateOptimizer(Optimizer):
 
     Args:
         params: whole parameters, (name, parameter) pairs, or groups of either.
-        optimizer_class: `Lamb` or `Lars`.
+        optimizer_class: `Lamb`, `Lars`, or a preset, which makes one.
         process_group: the ranks that share the state; None is all ranks. It need not exist before the first step.
         bucket_bytes: weights gathered at a time; a step needs that much more memory.
         **options: of the optimizer.
@@ -57,7 +57,7 @@ class ShardedStateOptimizer(Optimizer):
     def __init__(
         self,
         params: Any,
-        optimizer_class: type[LayerwiseOptimizer] = Lamb,
+        optimizer_class: Callable[..., LayerwiseOptimizer] = Lamb,
         *,
         process_group: Any | None = None,
         bucket_bytes: int = 1 << 26,
@@ -148,9 +148,10 @@ class ShardedStateOptimizer(Optimizer):
         Args:
             param_group: ``params`` (tensors or (name, tensor) pairs) and any option of the optimizer.
         """
+        if isinstance(param_group, dict):  # checks the options; what else it may be, torch refuses
+            options = {k: v for k, v in param_group.items() if k in self._template.defaults}
+            self.optimizer_class([{**options, "params": [torch.nn.Parameter(torch.empty(0))]}], **self._options)
         super().add_param_group(param_group)
-        options = {k: v for k, v in self.param_groups[-1].items() if k not in ("params", "param_names")}
-        self._template.add_param_group({**options, "params": torch.nn.Parameter(torch.empty(0))})  # checks them
         if self._inner is not None:
             self._inner.add_param_group(self._sliced(len(self.param_groups) - 1))
 
@@ -191,14 +192,14 @@ class ShardedStateOptimizer(Optimizer):
         Raises:
             StateDictError: another class, other groups or other shapes; nothing is changed then.
         """
-        kind = self.optimizer_class
+        kind = type(self._template)
         keys = ("step", *self._template.moment_keys())
         state.check_state_dict(state_dict, self.param_groups, kind.signature, keys, kind.__name__)
         inner = self._built()
         super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         cut = {
-            key: {k: own.cut(value) if own.is_laid_out(value) else value for k, value in found.items()}
+            key: {k: own.cut_copy(v) if k != "step" else v for k, v in found.items()}
             for key, own in zip(saved_keys, self._slices)
             if (found := state_dict["state"].get(key))
         }

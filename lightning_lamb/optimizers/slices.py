@@ -43,10 +43,6 @@ class Slice:
         self.piece = nn.Parameter(self.cut(parameter.detach()), requires_grad=parameter.requires_grad)
         annotate_slice(self.piece, name, tuple(parameter.shape), group if ranks > 1 else None, cut=ranks > 1)
 
-    def is_laid_out(self, value: Any) -> bool:
-        """Whether ``value`` has one element per element of the parameter, which a step count has not."""
-        return isinstance(value, Tensor) and value.shape == self.parameter.shape and value is not self.parameter
-
     def flat(self, tensor: Tensor) -> Tensor:
         """All elements of a tensor laid out like the parameter, in the parameter's memory order; a view if possible."""
         if tensor.stride() != self.parameter.stride():
@@ -58,6 +54,11 @@ class Slice:
     def cut(self, tensor: Tensor) -> Tensor:
         """This rank's elements of a tensor laid out like the parameter."""
         return self.flat(tensor)[self.start : self.stop]
+
+    def cut_copy(self, value: Any) -> Any:
+        """A copy of this rank's elements, which does not keep the rest in memory; what is no such tensor, as it is."""
+        laid_out = isinstance(value, Tensor) and value.shape == self.parameter.shape
+        return self.cut(value).clone() if laid_out else value
 
     def follow(self, grad: Tensor | None) -> None:
         """Points the piece at the parameter's present memory, and gives it its part of the gradient."""

@@ -126,10 +126,15 @@ def restore_full_precision(
 
 
 def restore_steps(state: Mapping[Any, dict[str, Any]]) -> None:
-    """Makes steps that were saved as plain numbers tensors again, on the host."""
+    """Makes steps tensors of their own: saved as plain numbers, on the host; saved as tensors, copies.
+
+    Torch keeps the loaded tensor, and counting in place would count in the caller's state dict too.
+    """
     for found in state.values():
-        if "step" in found and not isinstance(found["step"], Tensor):
-            found["step"] = torch.tensor(float(found["step"]), dtype=torch.float32)
+        if "step" in found:
+            step = found["step"]
+            own = step.clone() if isinstance(step, Tensor) else torch.tensor(float(step), dtype=torch.float32)
+            found["step"] = own
 
 
 def _check_tensors(saved: Mapping[str, Any], parameter: Tensor, name: str, owner: str, required: Sequence[str]) -> None:

@@ -42,6 +42,7 @@ class Layout:
         width: of the network.
         data_ranks: ranks that see different samples.
         groups: process groups that hold pieces of layers, hence all-reduces per step.
+        partial: whether some gradients are partial sums over ranks: one more all-reduce for all of them.
         zero: "ours" or "torch": who shards the optimizer state.
     """
 
@@ -51,6 +52,7 @@ class Layout:
     width: int = 17
     data_ranks: int = 1
     groups: int = 0
+    partial: bool = False
     zero: str = ""
 
 
@@ -138,9 +140,9 @@ LAYOUTS = [
     Layout("FSDP2", 2, functools.partial(fsdp2, 2), data_ranks=2, groups=1),
     Layout("FSDP2", 4, functools.partial(fsdp2, 4), data_ranks=4, groups=1),
     Layout("HSDP (FSDP2 on a 2-D mesh)", 4, hsdp, data_ranks=4, groups=1),
-    Layout("tensor parallel", 2, functools.partial(tp, 2), width=18, groups=1),
-    Layout("tensor parallel", 4, functools.partial(tp, 4), width=20, groups=1),
-    Layout("FSDP2 with tensor parallel", 4, fsdp2_tp, width=20, data_ranks=2, groups=1),
+    Layout("tensor parallel", 2, functools.partial(tp, 2), width=18, groups=1, partial=True),
+    Layout("tensor parallel", 4, functools.partial(tp, 4), width=20, groups=1, partial=True),
+    Layout("FSDP2 with tensor parallel", 4, fsdp2_tp, width=20, data_ranks=2, groups=2),
 ]
 
 

@@ -56,6 +56,9 @@ class Case:
     def optimizer_options(self) -> dict[str, Any]:
         return {"weight_decay": 0.1, "exempt_1d": not self.alike, "max_grad_norm": self.clip} | dict(self.options)
 
+    def reference_options(self) -> dict[str, Any]:
+        return {name: value for name, value in self.optimizer_options().items() if name != "foreach"}
+
 
 @dataclass
 class Outcome:
@@ -126,7 +129,7 @@ def run_case(case: Case) -> Outcome:
     laid = Laid(layout_of(case))
     optimizer = build_optimizer(case, laid)
     start = {name: weight.numpy() for name, weight in laid.weights().items()}
-    reference = (ReferenceLars if case.lars else ReferenceLamb)(start, **case.optimizer_options())
+    reference = (ReferenceLars if case.lars else ReferenceLamb)(start, **case.reference_options())
     outcome = Outcome()
     steps = prescribed(laid) if case.source == "prescribed" else itertools.repeat(None, STEPS)
     data = batches()

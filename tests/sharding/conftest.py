@@ -1,0 +1,42 @@
+"""Runs all selected cases of one number of ranks in one set of processes, and hands each test its outcome."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from sharding.runs import Case, Outcome, run_cases
+
+from tests.distributed import run_ranks
+
+SECONDS_PER_CASE = 6.0
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "shows(layout, feature, verdict): what a passing test proves, for the table in docs/sharding.md"
+    )
+
+
+class Outcomes:
+    """The outcomes of the session's cases by case and rank; all of a number of ranks run when the first is due."""
+
+    def __init__(self, cases: list[Case]) -> None:
+        self._cases = list(dict.fromkeys(cases))
+        self._found: dict[Case, list[Outcome]] = {}
+
+    def of(self, case: Case) -> list[Outcome]:
+        """What each rank saw; a failure of the case is raised here."""
+        if case not in self._found:
+            together = [other for other in self._cases if other.ranks == case.ranks]
+            timeout = 60 + SECONDS_PER_CASE * len(together)
+            by_rank = run_ranks(run_cases, case.ranks, together, timeout=timeout)
+            for index, other in enumerate(together):
+                self._found[other] = [Outcome(**results[index]) for results in by_rank]
+        return self._found[case]
+
+
+@pytest.fixture(scope="session")
+def outcomes(request: pytest.FixtureRequest) -> Outcomes:
+    params: list[Any] = [getattr(item, "callspec", None) for item in request.session.items]
+    return Outcomes([spec.params["case"] for spec in params if spec is not None and "case" in spec.params])

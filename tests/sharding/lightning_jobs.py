@@ -1,0 +1,259 @@
+"""Trainings by Lightning in every layout, several in one set of processes: what the Lightning tests run on ranks."""
+
+from __future__ import annotations
+
+import logging
+import traceback
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from sharding.collectives import CountCollectives
+from sharding.layouts import fsdp2, fsdp2_tp, hsdp, local_part
+from sharding.networks import INPUTS, OUTPUTS, Net
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+
+from lightning_lamb import LambMixin, LargeBatch
+from lightning_lamb.sharding import clean_name
+from lightning_lamb.strategies import CPUFSDPStrategy
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERROR)
+
+GLOBAL_BATCH, MICRO, SAMPLES, EPOCHS = 16, 2, 96, 2  # 6 optimizer steps per epoch
+STEPS = SAMPLES // GLOBAL_BATCH * EPOCHS
+
+
+@dataclass(frozen=True)
+class Job:
+    """One ``fit``.
+
+    Attributes:
+        layout: "single", "ddp", "zero1", "fsdp1", "fsdp2", "hsdp" or "fsdp2_tp".
+        ranks: processes.
+        resume: checkpoint to continue from.
+        save: folder for a checkpoint after every optimizer step.
+        full: (fsdp2) one file instead of a folder.
+        trainer: further options of the Trainer.
+        module: class attributes of the module.
+        extra: names of further things to do: "count", "scaler", "overflow", "defer".
+        steps: stop after so many, else after two epochs.
+        dtype: "bf16-true" and so on, as the Trainer's precision.
+    """
+
+    layout: str
+    ranks: int
+    resume: str | None = None
+    save: str | None = None
+    full: bool = False
+    trainer: tuple[tuple[str, Any], ...] = ()
+    module: tuple[tuple[str, Any], ...] = ()
+    extra: tuple[str, ...] = ()
+    steps: int = -1
+
+
+@dataclass
+class Result:
+    """What rank zero reports of a job (every rank its own ``rates``, ``local`` and ``failure``)."""
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    masters: dict[str, Tensor] = field(default_factory=dict)
+    local: list[Tensor] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)
+    accumulation: int = 0
+    schedule_steps: int = 0
+    optimizer_steps: int = 0
+    collectives: dict[str, int] = field(default_factory=dict)
+    failure: str = ""
+
+
+class Positioned:
+    """A loader that continues where its state says, in samples over all ranks."""
+
+    def __init__(self, rank: int, ranks: int) -> None:
+        self.batch_size, self.rank, self.ranks, self.position = MICRO, rank, ranks, 0
+        draw = torch.Generator().manual_seed(7)
+        self.inputs = torch.randn(SAMPLES, INPUTS, generator=draw)
+
+    def __len__(self) -> int:
+        return SAMPLES // (MICRO * self.ranks)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        start, self.position = self.position, 0
+        for first in range(start, SAMPLES, MICRO * self.ranks):
+            self.position = (first + MICRO * self.ranks) % SAMPLES
+            mine = self.inputs[first + self.rank * MICRO : first + (self.rank + 1) * MICRO]
+            yield mine, mine[:, :OUTPUTS].sin()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.position = state["position"]
+
+
+class Data(LightningDataModule):
+    batch_size = MICRO
+
+    def train_dataloader(self) -> Positioned:
+        ranks = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
+        return Positioned(ranks["rank"], ranks["num_replicas"])
+
+
+class Module(LambMixin, LightningModule):
+    lamb_lr = 0.02
+    lamb_options = {"weight_decay": 0.1}
+    layout = "single"
+    ranks = 1
+    overflow_at: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = Net(20 if self.layout == "fsdp2_tp" else 17)
+        self.sharded = False
+        self.result = Result()
+
+    def configure_model(self) -> None:
+        if self.sharded or self.layout not in ("fsdp2", "hsdp", "fsdp2_tp"):
+            return
+        self.sharded = True
+        {
+            "fsdp2": lambda: fsdp2(self.ranks, self.net),
+            "hsdp": lambda: hsdp(self.net),
+            "fsdp2_tp": lambda: fsdp2_tp(self.net),
+        }[self.layout]()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        inputs, targets = batch
+        dtype = next(self.parameters()).dtype
+        loss = (self.net(inputs.to(dtype)).float() - targets).square().sum(1).mean()
+        return loss * float("inf") if batch_idx == self.overflow_at else loss
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        self.result.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def on_train_end(self) -> None:
+        optimizer = self.trainer.optimizers[0]
+        self.result.accumulation = self.trainer.accumulate_grad_batches
+        self.result.schedule_steps = max([c.scheduler.last_epoch for c in self.trainer.lr_scheduler_configs], default=0)
+        states = [s for s in optimizer.state.values() if "step" in s]
+        self.result.optimizer_steps = max((int(s["step"]) for s in states), default=0)
+        self.result.local = [local_part(p).clone() for p in self.net.parameters()]
+        self.result.weights = whole_weights(self.trainer.strategy.model, self.net)
+        for name, parameter in self.net.named_parameters():
+            master = optimizer.state.get(parameter, {}).get("master_weight")
+            if master is not None:
+                self.result.masters[name] = master.full_tensor() if isinstance(master, DTensor) else master.clone()
+
+
+class Counting(Callback):
+    """Counts collectives from the first micro-batch of the second window to its end."""
+
+    def __init__(self) -> None:
+        self.mode: CountCollectives | None = None
+        self.counts: dict[str, int] = {}
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 1 and self.mode is None:
+            self.mode = CountCollectives()
+            self.mode.__enter__()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        if trainer.global_step == 2 and self.mode is not None and not self.counts:
+            self.mode.__exit__(None, None, None)
+            self.counts = dict(self.mode.counts)
+
+
+def whole_weights(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
+    if any(isinstance(part, FullyShardedDataParallel) for part in model.modules()):
+        with FullyShardedDataParallel.summon_full_params(model):
+            return {clean_name(name): p.detach().clone() for name, p in net.named_parameters()}
+    return {
+        clean_name(name): (p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()).clone()
+        for name, p in net.named_parameters()
+    }
+
+
+def strategy_of(job: Job) -> Any:
+    if job.layout == "single":
+        return "auto"
+    if job.layout in ("ddp", "zero1"):
+        return "ddp"
+    if job.layout == "fsdp1":
+        return CPUFSDPStrategy(auto_wrap_policy={nn.LayerNorm})
+    sizes = (2, 2) if job.layout == "fsdp2_tp" else (job.ranks, 1)
+    return ModelParallelStrategy(*sizes, save_distributed_checkpoint=not job.full)
+
+
+def run_job(job: Job) -> Result:
+    attributes = {"layout": job.layout, "ranks": job.ranks, "lamb_shard_optimizer_state": job.layout == "zero1"}
+    module = type("Case", (Module,), attributes | dict(job.module))()
+    counting = Counting()
+    callbacks: list[Any] = [LargeBatch(GLOBAL_BATCH, base_batch_size=4, warmup_steps=3), counting]
+    callbacks = callbacks if "count" in job.extra else callbacks[:1]
+    if "defer" in job.extra:
+        from lightning_lamb.callbacks.gradient_sync import DeferredGradientSync
+
+        callbacks.append(DeferredGradientSync())
+    if job.save:
+        callbacks.append(
+            ModelCheckpoint(job.save, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
+        )
+    trainer = Trainer(
+        accelerator="cpu",
+        devices=job.ranks,
+        strategy=strategy_of(job),
+        max_epochs=EPOCHS,
+        max_steps=job.steps,
+        callbacks=callbacks,
+        enable_checkpointing=bool(job.save),
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        **dict(job.trainer),
+        **({"plugins": [scaling_precision(job.layout)]} if "scaler" in job.extra else {}),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(module, datamodule=Data(), ckpt_path=job.resume)
+    module.result.collectives = counting.counts
+    return module.result
+
+
+def scaling_precision(layout: str) -> Any:
+    """16-mixed with a scaler on the CPU, where the Trainer's precision="16-mixed" means bf16."""
+    if layout == "fsdp1":
+        from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
+        from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
+
+        return FSDPPrecision("16-mixed", scaler=ShardedGradScaler(device="cpu", init_scale=256.0))
+    from lightning.pytorch.plugins import MixedPrecision
+
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
+
+
+def run_jobs(jobs: list[Job]) -> list[Result]:
+    """Worker: one job after the other; an error ends its job only, if it is the same on all ranks."""
+    found = []
+    for job in jobs:
+        try:
+            found.append(run_job(job))
+        except Exception:  # noqa: BLE001 - the test reports it
+            found.append(Result(failure=traceback.format_exc()))
+    return found
+
+
+def checkpoint(folder: str, step: int) -> str:
+    """The path of the checkpoint after ``step`` optimizer steps."""
+    return str(Path(folder) / f"step={step}.ckpt")

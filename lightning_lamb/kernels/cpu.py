@@ -11,15 +11,15 @@ import ctypes
 import math
 from array import array
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from itertools import repeat
-from operator import attrgetter, eq, is_
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_lamb.equations import Bounds, Coefficients, Scalar
+from lightning_lamb.kernels.aligned import aligned, pointers_to
 from lightning_lamb.kernels.batch import Batch, Norms
 from lightning_lamb.kernels.cpu_library import library
 
@@ -30,8 +30,6 @@ NORMS = {"l2": 0, "l1": 1, "linf": 2}
 FIRST, SECOND = 1, 2
 ELEMENTS_PER_THREAD = 1 << 15
 """Fewer are done before another thread has started."""
-
-_dtype_of = attrgetter("dtype")
 
 
 class Job(ctypes.Structure):
@@ -92,7 +90,7 @@ def advance(steps: Sequence[Tensor]) -> tuple[Sequence[float], bool]:
     Returns:
         The counts, and whether all are equal. A thousand ``float(step)`` would take longer than to step small layers.
     """
-    values, pointers = array("d", bytes(8 * len(steps))), _pointers(steps)
+    values, pointers = array("d", bytes(8 * len(steps))), pointers_to(steps)
     alike = library().lamb_advance(len(steps), _address(pointers), _address(values))
     return values, bool(alike)
 
@@ -109,10 +107,11 @@ def _run(
     trust_ratio_bounds: Bounds = None,
 ) -> None:
     options, count = batch.options, len(batch.weights)
-    aligned, copied, sizes, pointers = _aligned(batch)
+    found_at = aligned(batch, _is_readable)
+    sizes = found_at.sizes
     arrays = [
         sizes,
-        *pointers,
+        *found_at.pointers,
         _table(batch.coefficients),
         array("I", batch.seeds or bytes(4 * count)),
         array("d", _numbers(scales)),
@@ -129,15 +128,20 @@ def _run(
         *(weight_norm_bounds or (0.0, math.inf)),
         *(trust_ratio_bounds or (0.0, math.inf)),
         *(BASES[options.base], NORMS[options.norm], options.adapt, passes),
-        *(TYPES[part[0].dtype] for part in aligned[:3]),
+        *(TYPES[part[0].dtype] for part in found_at.lists[:3]),
         TYPES[batch.parameters[0].dtype] if batch.parameters else NO_COPY,
         min(torch.get_num_threads(), 1 + sum(sizes) // ELEMENTS_PER_THREAD),
     )
     if library().lamb_run(ctypes.addressof(job)) != 0:
         raise MemoryError(f"no memory for the tile sums of {count} layers with {sum(sizes)} elements together")
-    for original, copy in copied:
+    for original, copy in found_at.copied:
         original.copy_(copy)
     _tell_autograd(batch, passes)
+
+
+def _is_readable(grad: Tensor) -> bool:
+    """Whether this build of the library converts gradients of that dtype itself."""
+    return grad.dtype in TYPES and (grad.dtype != torch.float16 or bool(library().lamb_knows_float16()))
 
 
 def _table(coefficients: Sequence[Coefficients]) -> array[float]:
@@ -152,103 +156,8 @@ def _numbers(scales: Tensor | Sequence[Scalar]) -> Iterable[float]:
     return scales.tolist() if isinstance(scales, Tensor) else map(float, scales)
 
 
-def _pointers(tensors: Sequence[Tensor]) -> array[int]:
-    return array("Q", map(Tensor.data_ptr, tensors))
-
-
 def _address(values: Any) -> int:
     return values.buffer_info()[0]
-
-
-# ------------------------------------------------------------------------------------------- what the library can read
-
-Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
-Copies = list[tuple[Tensor, Tensor]]
-GRADS = 1
-
-
-def _aligned(batch: Batch) -> tuple[Lists, Copies, array[int], list[array[int]]]:
-    """Weights, gradients, moments and half-precision parameters such that one index means the same element in all.
-
-    Returns:
-        The lists; pairs (original, copy) of what has to be copied back after the call; sizes; addresses per list.
-    """
-    lists = batch.weights, batch.grads, batch.moments1, batch.moments2, batch.parameters
-    sizes = array("q", map(Tensor.numel, batch.weights))
-    grads = batch.grads
-    _check_sizes(lists, GRADS, sizes)
-    if not all(map(Tensor.is_contiguous, grads)) or len(set(map(_dtype_of, grads))) > 1 or not _is_readable(grads[0]):
-        return _copied(lists, sizes)
-    pointers = list(map(_pointers, lists))
-    known = batch.memory.get("known")
-    if known is not None and known.holds(lists, pointers):
-        return lists, [], sizes, pointers
-    for index in (2, 3, 4):
-        _check_sizes(lists, index, sizes)
-        assert len(set(map(_dtype_of, lists[index]))) < 2, "a crew has one dtype"
-    if not all(all(map(Tensor.is_contiguous, part)) for part in lists):
-        return _copied(lists, sizes)
-    batch.memory["known"] = Known([part if index != GRADS else [] for index, part in enumerate(lists)], pointers)
-    return lists, [], sizes, pointers
-
-
-@dataclass
-class Known:
-    """Tensors that were found contiguous and of the right sizes, and where they lay.
-
-    Looking at four tensors per layer again at every step would take as long as stepping a small layer.
-    """
-
-    lists: list[list[Tensor]]
-    pointers: list[array[int]]
-
-    def holds(self, lists: Lists, pointers: list[array[int]]) -> bool:
-        """Whether all but the gradients are the same tensors, at the same addresses."""
-        return all(
-            index == GRADS or (pointers[index] == self.pointers[index] and all(map(is_, part, self.lists[index])))
-            for index, part in enumerate(lists)
-        )
-
-
-def _copied(lists: Lists, sizes: array[int]) -> tuple[Lists, Copies, array[int], list[array[int]]]:
-    """`_aligned` where some tensors must be copied for the call: not dense, not laid out alike, of an unknown dtype."""
-    copied: Copies = []
-    result: Lists = ([], [], [], [], [])
-    grad_types = set(map(_dtype_of, lists[GRADS]))
-    convert = len(grad_types) > 1 or not _is_readable(lists[GRADS][0])
-    for index, weight in enumerate(lists[0]):
-        pattern = weight if torch.ops.aten.is_non_overlapping_and_dense(weight) else torch.empty_like(weight)
-        for kind, (part, target) in enumerate(zip(lists, result)):
-            if not part:
-                continue
-            own = part[index]
-            dtype = weight.dtype if kind == GRADS and convert else own.dtype
-            if own.stride() == pattern.stride() and own.dtype == dtype:
-                target.append(own)
-                continue
-            copy = torch.empty_like(pattern, dtype=dtype).copy_(own)
-            target.append(copy)
-            if kind != GRADS:
-                copied.append((own, copy))
-    for index in range(1, len(lists)):
-        _check_sizes(lists, index, sizes)
-    return result, copied, sizes, list(map(_pointers, result))
-
-
-def _is_readable(grad: Tensor) -> bool:
-    """Whether this build of the library converts gradients of that dtype itself."""
-    return grad.dtype in TYPES and (grad.dtype != torch.float16 or bool(library().lamb_knows_float16()))
-
-
-def _check_sizes(lists: Lists, index: int, sizes: array[int]) -> None:
-    """The library trusts its sizes; a gradient or a state that somebody replaced might not fit."""
-    part = lists[index]
-    if part and not all(map(eq, map(Tensor.numel, part), sizes)):
-        wrong = next(at for at, (one, size) in enumerate(zip(part, sizes)) if one.numel() != size)
-        raise ValueError(
-            f"a weight of shape {tuple(lists[0][wrong].shape)} meets a gradient or state of shape "
-            f"{tuple(part[wrong].shape)}: gradients and state must have the parameter's shape"
-        )
 
 
 def _tell_autograd(batch: Batch, passes: int) -> None:

@@ -53,17 +53,20 @@ def refuse_impossible(group: Mapping[str, Any], parameter: Tensor, name: str) ->
 
 
 def _fused(group: Mapping[str, Any], slots: Sequence[Slot]) -> Kernel | None:
+    """The fused kernel for these slots; None where it was not asked for by name and is not the better choice."""
     first = slots[0]
     local = [slot.piece.view(slot.parameter) for slot in slots]
     if not group["fused"]:
+        # Not on CUDA: there the Triton kernel has been checked, but not measured.
         automatic = first.device.type == "cpu" and cpu.suits(local)
         return cpu if automatic and _has_library() else None
-    missing = _missing(first.device, first.parameter.dtype)
-    if missing is None and first.device.type == "cpu" and not cpu.suits(local):
-        odd = next(tensor for tensor in local if not cpu.suits([tensor]))
-        missing = f"the kernel reads memory directly, and a {type(odd).__name__} may not be what its memory says"
-    _refuse(first.piece.layer.name, missing)
-    return cpu if first.device.type == "cpu" else _triton_kernel()
+    _refuse(first.piece.layer.name, _missing(first.device, first.parameter.dtype))
+    kernel = cpu if first.device.type == "cpu" else _triton_kernel()
+    odd = next((tensor for tensor in local if not kernel.suits([tensor])), None)
+    if odd is not None:
+        reason = f"the kernel reads memory directly, and a {type(odd).__name__} may not be what its memory says"
+        _refuse(first.piece.layer.name, reason)
+    return kernel
 
 
 def _missing(device: torch.device, dtype: torch.dtype) -> str | None:

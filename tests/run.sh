@@ -1,5 +1,7 @@
 #!/usr/bin/env bash
-# Sets up .venv (the first time) and runs the tests; arguments go to pytest: bash tests/run.sh -m "not slow" -k schedules
+# Sets up .venv (the first time) and runs the tests; arguments go to pytest: bash tests/run.sh -k schedules
+#   bash tests/run.sh            everything that a change must pass
+#   bash tests/run.sh -m slow    full matrices of layouts and options, whole trainings
 set -euo pipefail
 cd "$(dirname "$0")/.."
 bash scripts/setup_venv.sh test

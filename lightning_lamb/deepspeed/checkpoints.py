@@ -65,7 +65,7 @@ def to_universal(saved: str | Path, converted: str | Path, tag: str | None = Non
 
 
 def fp32_state_dict(saved: str | Path, tag: str | None = None, *, strip: str = "") -> dict[str, Tensor]:
-    """The full-precision weights of a ZeRO checkpoint (stages 1 to 3) as a plain state dict.
+    """The full-precision weights of a ZeRO checkpoint (stages 1 to 3) as a plain state dict, frozen ones included.
 
     Args:
         saved: what ``engine.save_checkpoint`` or the Trainer wrote.
@@ -76,7 +76,7 @@ def fp32_state_dict(saved: str | Path, tag: str | None = None, *, strip: str = "
         Name to float32 tensor on the CPU, tied weights under all of their names.
 
     Raises:
-        StateDictError: ``saved`` is no ZeRO checkpoint.
+        StateDictError: ``saved`` is no ZeRO checkpoint, or one of DeepSpeed's BF16_Optimizer.
     """
     load_deepspeed()
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
@@ -84,9 +84,44 @@ def fp32_state_dict(saved: str | Path, tag: str | None = None, *, strip: str = "
     source = Path(saved)
     tag = _tag(source, tag)
     _zero_config(source / tag)
-    with contextlib.redirect_stdout(io.StringIO()):
-        found = get_fp32_state_dict_from_zero_checkpoint(str(source), tag)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            found = dict(get_fp32_state_dict_from_zero_checkpoint(str(source), tag))
+    except ValueError as error:
+        raise StateDictError(
+            f"DeepSpeed cannot read the weights of {source / tag} ({error}). It exports what ZeRO 1 to 3 saved, not "
+            'what its BF16_Optimizer did ("grad_accum_dtype": "fp32" at stage 1). Convert it with to_universal: '
+            "each float32 weight then lies in <tag>/zero/<name>/fp32.pt of the converted folder."
+        ) from error
+    for file in sorted((source / tag).glob("mp_rank_*_model_states.pt")):  # ZeRO 1 leaves frozen weights only there
+        module = torch.load(file, map_location="cpu", weights_only=False, mmap=True).get("module") or {}
+        found |= {
+            name: value.float() for name, value in module.items() if name not in found and value.is_floating_point()
+        }
     return {name.removeprefix(strip): weight for name, weight in found.items()}
+
+
+def refuse_other_ranks(saved: str | Path, ranks: int, tag: str | None = None) -> None:
+    """Raises for a ZeRO checkpoint that another number of ranks saved, which DeepSpeed cannot load as it is.
+
+    Args:
+        saved: what ``engine.save_checkpoint`` or the Trainer wrote; anything but a ZeRO checkpoint passes.
+        ranks: the number of data-parallel ranks that want to load it.
+        tag: which of the checkpoints in it; None: the latest.
+
+    Raises:
+        StateDictError: it has to be converted first.
+    """
+    folder, latest = Path(saved), Path(saved) / "latest"
+    if tag is None and latest.is_file():
+        tag = latest.read_text().strip()
+    partitions = len(list((folder / tag).glob("*_optim_states.pt"))) if tag else 0
+    if partitions not in (0, ranks):
+        raise StateDictError(
+            f"{folder} was saved by {partitions} ranks and is to be loaded by {ranks}. Convert it once with "
+            f"lightning_lamb.deepspeed.to_universal({str(folder)!r}, ...) and load the converted folder with "
+            '"checkpoint": {"load_universal": true} in the DeepSpeed config, on any number of ranks.'
+        )
 
 
 def _tag(folder: Path, tag: str | None) -> str:

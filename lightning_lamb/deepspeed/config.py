@@ -99,6 +99,20 @@ def refuse_double_clipping(config: Mapping[str, Any], max_grad_norm: float | Non
         )
 
 
+def refuse_half_without_zero(config: Mapping[str, Any]) -> None:
+    """Raises for float16 at stage 0, where DeepSpeed divides gradients by a loss scale that the loss never had.
+
+    Raises:
+        ConflictError: always there.
+    """
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    if (config.get("fp16") or {}).get("enabled") and stage == 0:
+        raise ConflictError(
+            "float16 at ZeRO stage 0: DeepSpeed 0.19 divides the gradients by its loss scale there without having "
+            'multiplied the loss by it, so gradient clipping and eps act on other gradients. Use "stage": 1, or bf16.'
+        )
+
+
 def refuse_other_batch(config: Mapping[str, Any], global_batch_size: int, micro_batch_size: int | None) -> None:
     """Raises where the config's batch sizes contradict LargeBatch.
 
@@ -114,7 +128,8 @@ def refuse_other_batch(config: Mapping[str, Any], global_batch_size: int, micro_
     if isinstance(total, int) and total != global_batch_size:
         raise BatchSizeError(
             f'"train_batch_size": {total} in the DeepSpeed config, but '
-            f"LargeBatch(global_batch_size={global_batch_size}). Remove it from the config: LargeBatch and the strategy fill it in."
+            f"LargeBatch(global_batch_size={global_batch_size}). Remove it from the config: "
+            "LargeBatch and the strategy fill it in."
         )
     if isinstance(micro, int) and micro_batch_size is not None and micro != micro_batch_size:
         raise BatchSizeError(

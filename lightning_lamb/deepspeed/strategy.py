@@ -18,10 +18,11 @@ from torch import Tensor
 from lightning_lamb.callbacks.large_batch import large_batch_of
 from lightning_lamb.deepspeed import config as configs
 from lightning_lamb.deepspeed.accumulation import scaled_gradients, tell_accumulation
+from lightning_lamb.deepspeed.checkpoints import refuse_other_ranks
 from lightning_lamb.deepspeed.json_entries import SCHEDULERS
 from lightning_lamb.deepspeed.versions import load_deepspeed
 from lightning_lamb.errors import ConflictError
-from lightning_lamb.lightning_seams import closes_window, load_lightning, reset_seed, total_optimizer_steps
+from lightning_lamb.lightning_seams import closes_window, is_fitting, load_lightning, reset_seed, total_optimizer_steps
 from lightning_lamb.schedules import StagedWarmup
 from lightning_lamb.sharding.annotate import annotate
 
@@ -55,6 +56,7 @@ class LambDeepSpeedStrategy(DeepSpeedStrategy):
         MissingDependencyError: DeepSpeed is not installed, or not in a version that was tested.
         ConflictError: two parts of the set-up would do the same thing.
         BatchSizeError: the config's batch contradicts LargeBatch.
+        StateDictError: a checkpoint of another number of ranks, unconverted.
     """
 
     def __init__(self, *args: Any, lamb_is_ours: bool = False, **kwargs: Any) -> None:
@@ -134,6 +136,7 @@ class LambDeepSpeedStrategy(DeepSpeedStrategy):
             if micro is not None:
                 self.config.setdefault("train_micro_batch_size_per_gpu", micro)
         super()._format_config()
+        configs.refuse_half_without_zero(self.config)
 
     def _initialize_deepspeed_train(self, model: Any) -> None:
         """Lightning's, with one optimizer and one schedule, and the schedule's length filled in."""
@@ -176,6 +179,20 @@ class LambDeepSpeedStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         for group in getattr(optimizer, "param_groups", []):
             configs.refuse_double_clipping(self.config, group.get("max_grad_norm"))
+
+    # ---- checkpoints
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's, after checking that this number of ranks can load it.
+
+        Raises:
+            StateDictError: another number of ranks saved it, and it was not converted.
+        """
+        assert isinstance(self.config, dict)
+        fitting = self.lightning_module is not None and is_fitting(self.lightning_module.trainer)
+        if fitting and not (self.config.get("checkpoint") or {}).get("load_universal"):
+            refuse_other_ranks(checkpoint_path, self.world_size)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)
 
     # ---- accumulation
 

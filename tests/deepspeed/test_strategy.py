@@ -1,0 +1,220 @@
+"""`LambDeepSpeedStrategy` trains exactly: LargeBatch, accumulation, clipping, JSON entries, precisions, the CLI."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any
+
+import pytest
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+
+from zero_setting import largest_error, on_ranks
+from zero_training import (
+    BATCH,
+    BUCKETS,
+    LR,
+    Loaders,
+    expected,
+    fit,
+    from_config,
+    lightning_parts,
+    ranks,
+    weights_of,
+    windows_of,
+)
+
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+SETTINGS: dict[str, tuple[int, dict[str, Any]]] = {
+    "stage 1": (1, {}),
+    "stage 3, offloaded": (3, OFFLOADED),
+    "stage 0": (0, {}),
+    "stage 2": (2, {}),
+    "stage 2, offloaded": (2, OFFLOADED),
+    "stage 3": (3, {}),
+}
+
+# ---- LargeBatch and the monitor
+
+
+def recording_logger() -> Any:
+    """A logger that keeps the trust ratios of every step."""
+    from lightning.pytorch.loggers.logger import DummyLogger
+
+    class Recording(DummyLogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rows: list[dict[str, float]] = []
+
+        def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+            found = {name.split("/")[1]: value for name, value in metrics.items() if name.startswith("trust_ratio/")}
+            if found:
+                self.rows.append(found)
+
+    return Recording()
+
+
+def run_large_batch(labels: list[str]) -> dict[str, Any]:
+    from lightning_lamb import LargeBatch, TrustRatioMonitor
+
+    found = {}
+    for label in labels:
+        stage, options = SETTINGS[label]
+        config = {"zero_optimization": {"stage": stage, **BUCKETS, **options}}
+        callbacks = [LargeBatch(global_batch_size=BATCH, base_batch_size=4, warmup_steps=3), TrustRatioMonitor()]
+        logger = recording_logger()
+        trainer, model = fit(
+            stage,
+            callbacks=callbacks,
+            config=config,
+            gradient_clip_val=0.5,
+            epochs=2,
+            logger=logger,
+            log_every_n_steps=1,
+        )
+        engine = trainer.strategy.deepspeed_engine
+        found[label] = {
+            "weights": weights_of(trainer),
+            "steps": trainer.global_step,
+            "accumulation": engine.gradient_accumulation_steps(),
+            "train_batch_size": engine.train_batch_size(),
+            "rates": model.rates,
+            "ratios": logger.rows,
+        }
+    return found
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        pytest.param(list(SETTINGS)[:2], id="few"),
+        pytest.param(list(SETTINGS)[2:], id="the others", marks=pytest.mark.slow),
+    ],
+)
+def test_large_batch_trains_its_batch_exactly_short_last_windows_included_and_the_monitor_sees_it(labels):
+    """72 samples in windows of 16: the last of an epoch has 8, and its gradient is the mean over these 8."""
+    steps = len(windows_of(BATCH, 2))
+    schedule = {"total_steps": steps, "warmup_steps": 3}
+    ratios: list[dict[str, float]] = []
+    exact = expected(windows_of(BATCH, 2), lr=2 * LR, clip=0.5, schedule=schedule, ratios=ratios)
+    for label, found in on_ranks(run_large_batch, 2, labels)[0].items():
+        assert found["steps"] == steps, label
+        assert found["accumulation"] == 4, label
+        assert found["train_batch_size"] == BATCH, label
+        assert found["rates"][0] == pytest.approx(2 * LR / 3), label
+        assert largest_error(found["weights"], exact) <= 5e-6, label
+        assert len(found["ratios"]) == steps, label
+        for got, ratio in zip(found["ratios"], ratios):
+            assert got == pytest.approx(ratio, rel=1e-4), label
+
+
+# ---- traps 8 and 9
+
+
+def run_accumulation(stages: list[int]) -> dict[str, Any]:
+    import lightning.pytorch as pl
+
+    class Changing(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            trainer.accumulate_grad_batches = (4, 2, 3)[trainer.current_epoch]
+
+    found: dict[str, Any] = {"norms": {}, "weights": {}, "steps": {}}
+    for accumulation, micro_batch in ((1, 8), (2, 4), (4, 2)):
+        _, model = fit(2, micro_batch=micro_batch, accumulate_grad_batches=accumulation, max_steps=1)
+        found["norms"][accumulation] = model.norms[-1]
+    for stage in stages:
+        trainer, _ = fit(stage, micro_batch=2, callbacks=[Changing()], epochs=3, gradient_clip_val=5.0)
+        found["weights"][stage] = weights_of(trainer)
+        found["steps"][stage] = (trainer.global_step, trainer.strategy.deepspeed_engine.global_steps)
+    return found
+
+
+@pytest.mark.parametrize("stages", [[0, 3], pytest.param([1, 2], marks=pytest.mark.slow)])
+def test_traps_8_and_9_the_loss_is_divided_once_and_lightning_alone_counts(stages):
+    """Lightning's own strategy halves gradients at an accumulation of 2, and its count drifts from DeepSpeed's."""
+    found = on_ranks(run_accumulation, 2, stages)[0]
+    assert found["norms"][2] == pytest.approx(found["norms"][1], rel=1e-5)
+    assert found["norms"][4] == pytest.approx(found["norms"][1], rel=1e-5)
+    windows, scales = [], []
+    for accumulation in (4, 2, 3):  # without LargeBatch, a short window is divided by the whole accumulation
+        epoch = windows_of(4 * accumulation)
+        windows += epoch
+        scales += [len(window) / (4 * accumulation) for window in epoch]
+    exact = expected(windows, clip=5.0, scales=scales)
+    for stage in stages:
+        assert found["steps"][stage] == (len(windows), len(windows)), stage
+        assert largest_error(found["weights"][stage], exact) <= 5e-6, stage
+
+
+# ---- the config's optimizer and schedule, precisions, zero.Init, the CLI
+
+
+def run_configs() -> dict[str, Any]:
+    pl, Model = lightning_parts()
+    found: dict[str, Any] = {}
+    json = {
+        "optimizer": {"type": "LightningLamb", "params": {"lr": LR}},
+        "scheduler": {"type": "StagedWarmup", "params": {"warmup_steps": 2}},
+    }
+    for stage in (0, 2, 3):
+        trainer, model = fit(stage, micro_batch=8, model=from_config(pl), config=copy.deepcopy(json))
+        found[f"json, stage {stage}"] = {"weights": weights_of(trainer), "rates": model.rates}
+    json["optimizer"]["type"] = "Lamb"
+    trainer, model = fit(1, micro_batch=8, model=from_config(pl), config=json, strategy_options={"lamb_is_ours": True})
+    found["json, Lamb is ours"] = {"weights": weights_of(trainer), "rates": model.rates}
+    for precision in ("bf16-mixed", "bf16-true"):
+        for stage in (0, 1, 2, 3):
+            trainer, model = fit(stage, micro_batch=8, precision=precision)
+            found[f"{precision}, stage {stage}"] = {"weights": weights_of(trainer), "rates": model.rates}
+    trainer, model = fit(3, micro_batch=8, model=Model(late=True))
+    groups = trainer.strategy.deepspeed_engine.basic_optimizer.param_groups
+    found["zero.Init"] = [(len(group["param_names"]), group["weight_decay"]) for group in groups]
+    return found
+
+
+@pytest.mark.slow
+def test_json_entries_precisions_and_late_initialisation_under_lightning():
+    found = on_ranks(run_configs, 2)[0]
+    windows = windows_of(16)
+    schedule = {"total_steps": len(windows), "warmup_steps": 2}
+    exact, constant = expected(windows, schedule=schedule), expected(windows)
+    for label, one in found.items():
+        if label == "zero.Init":
+            assert one == [(2, 0.01), (4, 0.0)], "exemptions went by the shapes of emptied parameters"
+        elif label.startswith("json"):
+            assert one["rates"][:2] == pytest.approx([LR / 2, LR]), label
+            assert largest_error(one["weights"], exact) <= 5e-6, label
+        else:
+            assert largest_error(one["weights"], constant) <= 3e-2, f"{label}: more than bfloat16's forward explains"
+
+
+def run_cli(folder: str) -> dict[str, Any]:
+
+    from lightning_lamb import LambCLI
+
+    _, Model = lightning_parts()
+
+    class Plain(Model):  # type: ignore[misc, valid-type]
+        pass
+
+    module = sys.modules[__name__]
+    module.CliData = type(Loaders(8))  # type: ignore[attr-defined]
+    arguments = ["fit", "--trainer.strategy=lamb_deepspeed_stage_2", "--trainer.accelerator=cpu"]
+    arguments += [f"--trainer.devices={ranks()}", "--trainer.max_epochs=1", "--trainer.logger=false"]
+    arguments += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
+    arguments += ["--trainer.use_distributed_sampler=false", "--optimizer=Lamb", f"--optimizer.lr={LR}"]
+    arguments += ["--lr_scheduler=StagedWarmup", "--lr_scheduler.warmup_steps=2"]
+    arguments += [f"--trainer.default_root_dir={folder}"]
+    cli = LambCLI(Plain, module.CliData, args=arguments, save_config_callback=None)
+    return {"weights": weights_of(cli.trainer), "strategy": type(cli.trainer.strategy).__name__}
+
+
+@pytest.mark.slow
+def test_the_strategy_is_known_to_the_cli_by_name(tmp_path):
+    pytest.importorskip("jsonargparse", reason="jsonargparse is not installed")
+    found = on_ranks(run_cli, 2, str(tmp_path))[0]
+    windows = windows_of(16)
+    assert found["strategy"] == "LambDeepSpeedStrategy"
+    exact = expected(windows, schedule={"total_steps": len(windows), "warmup_steps": 2})
+    assert largest_error(found["weights"], exact) <= 5e-6

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from lightning_lamb.errors import ConflictError
+from lightning_lamb.errors import ConflictError, UnknownShardError
 from lightning_lamb.lightning_seams import load_lightning
 from lightning_lamb.sharding.annotate import annotate
 
@@ -39,6 +39,11 @@ class CPUFSDPStrategy(FSDPStrategy):
     """
 
     def __init__(self, *args: Any, state_dict_type: Literal["full", "sharded"] = "sharded", **kwargs: Any) -> None:
+        if kwargs.get("use_orig_params") is False:
+            raise UnknownShardError(
+                "CPUFSDPStrategy(use_orig_params=False): FSDP then shows one flat parameter in which layers are "
+                "invisible, and their trust ratios cannot be computed. Use use_orig_params=True, the default."
+            )
         kwargs["state_dict_type"] = state_dict_type
         super().__init__(*args, **kwargs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from sharding.lightning_jobs import Job, Result, run_jobs
 from sharding.runs import Case, Outcome, run_cases
 
 from tests.distributed import run_ranks
@@ -36,7 +37,35 @@ class Outcomes:
         return self._found[case]
 
 
+class Fits:
+    """Likewise the trainings by Lightning."""
+
+    def __init__(self, jobs: list[Job]) -> None:
+        self._jobs = list(dict.fromkeys(jobs))
+        self._found: dict[Job, list[Result]] = {}
+
+    def of(self, job: Job) -> list[Result]:
+        """What each rank reported."""
+        if job not in self._found:
+            together = [other for other in self._jobs if other.ranks == job.ranks]
+            timeout = 60 + SECONDS_PER_CASE * len(together)
+            by_rank = run_ranks(run_jobs, job.ranks, together, timeout=timeout)
+            for index, other in enumerate(together):
+                self._found[other] = [results[index] for results in by_rank]
+        return self._found[job]
+
+
+def selected(session: pytest.Session, parameter: str) -> list[Any]:
+    """The values of a parameter in the tests that will run."""
+    specs: list[Any] = [getattr(item, "callspec", None) for item in session.items]
+    return [spec.params[parameter] for spec in specs if spec is not None and parameter in spec.params]
+
+
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest) -> Outcomes:
-    params: list[Any] = [getattr(item, "callspec", None) for item in request.session.items]
-    return Outcomes([spec.params["case"] for spec in params if spec is not None and "case" in spec.params])
+    return Outcomes(selected(request.session, "case"))
+
+
+@pytest.fixture(scope="session")
+def fits(request: pytest.FixtureRequest) -> Fits:
+    return Fits(selected(request.session, "job"))

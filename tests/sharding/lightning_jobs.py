@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from sharding.collectives import CountCollectives
-from sharding.layouts import fsdp2, fsdp2_tp, hsdp, local_part
+from sharding.layouts import fsdp2, fsdp2_tp, hsdp, local_part, tp
 from sharding.networks import INPUTS, OUTPUTS, Net
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
-from lightning_lamb import LambMixin, LargeBatch
+from lightning_lamb import Lamb, LambMixin, LargeBatch
+from lightning_lamb.callbacks import DeferredGradientSync
 from lightning_lamb.sharding import clean_name
 from lightning_lamb.strategies import CPUFSDPStrategy
 
@@ -31,6 +33,17 @@ logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.ERRO
 
 GLOBAL_BATCH, MICRO, SAMPLES, EPOCHS = 16, 2, 96, 2  # 6 optimizer steps per epoch
 STEPS = SAMPLES // GLOBAL_BATCH * EPOCHS
+WIDTH = 20  # tensor parallelism on four ranks needs a multiple of four
+
+SHARD: dict[str, Callable[[int, Net], Any]] = {
+    "fsdp2": fsdp2,
+    "hsdp": lambda ranks, net: hsdp(net),
+    "tp": tp,
+    "fsdp2_tp": lambda ranks, net: fsdp2_tp(net),
+}
+"""Layouts that the module makes in ``configure_model``."""
+
+FSDP1 = {"fsdp1": "FULL_SHARD", "fsdp1_grad_op": "SHARD_GRAD_OP", "fsdp1_hybrid": "HYBRID_SHARD"}
 
 
 @dataclass(frozen=True)
@@ -38,16 +51,17 @@ class Job:
     """One ``fit``.
 
     Attributes:
-        layout: "single", "ddp", "zero1", "fsdp1", "fsdp2", "hsdp" or "fsdp2_tp".
+        layout: "single", "ddp", "zero1" (sharded optimizer state), or a key of `FSDP1` or `SHARD`.
         ranks: processes.
         resume: checkpoint to continue from.
         save: folder for a checkpoint after every optimizer step.
-        full: (fsdp2) one file instead of a folder.
+        full: (FSDP2) one file instead of a folder.
         trainer: further options of the Trainer.
+        strategy: (FSDP1) further options of the strategy.
         module: class attributes of the module.
-        extra: names of further things to do: "count", "scaler", "overflow", "defer".
+        extra: names of further things to do: "count" collectives, "defer" gradients, a "scaler"; "stock": an optimizer
+            that was built before the model was wrapped, as by the stock LightningCLI; "bare": no LargeBatch.
         steps: stop after so many, else after two epochs.
-        dtype: "bf16-true" and so on, as the Trainer's precision.
     """
 
     layout: str
@@ -56,6 +70,7 @@ class Job:
     save: str | None = None
     full: bool = False
     trainer: tuple[tuple[str, Any], ...] = ()
+    strategy: tuple[tuple[str, Any], ...] = ()
     module: tuple[tuple[str, Any], ...] = ()
     extra: tuple[str, ...] = ()
     steps: int = -1
@@ -63,11 +78,10 @@ class Job:
 
 @dataclass
 class Result:
-    """What rank zero reports of a job (every rank its own ``rates``, ``local`` and ``failure``)."""
+    """What each rank reports of a job; ``local`` is every tensor on it: weights and optimizer state."""
 
     weights: dict[str, Tensor] = field(default_factory=dict)
-    masters: dict[str, Tensor] = field(default_factory=dict)
-    local: list[Tensor] = field(default_factory=list)
+    local: dict[str, Tensor] = field(default_factory=dict)
     rates: list[float] = field(default_factory=list)
     accumulation: int = 0
     schedule_steps: int = 0
@@ -114,30 +128,32 @@ class Module(LambMixin, LightningModule):
     lamb_options = {"weight_decay": 0.1}
     layout = "single"
     ranks = 1
+    stock = False
     overflow_at: int | None = None
+    """Batch whose loss is infinite, on the last rank only."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.net = Net(20 if self.layout == "fsdp2_tp" else 17)
+        self.net = Net(WIDTH)
         self.sharded = False
         self.result = Result()
+        self.early = Lamb(self.parameters(), lr=0.02, weight_decay=0.1) if self.stock else None
+
+    def configure_optimizers(self) -> Any:
+        return self.early or super().configure_optimizers()
 
     def configure_model(self) -> None:
-        if self.sharded or self.layout not in ("fsdp2", "hsdp", "fsdp2_tp"):
-            return
-        self.sharded = True
-        {
-            "fsdp2": lambda: fsdp2(self.ranks, self.net),
-            "hsdp": lambda: hsdp(self.net),
-            "fsdp2_tp": lambda: fsdp2_tp(self.net),
-        }[self.layout]()
+        if not self.sharded and self.layout in SHARD:
+            self.sharded = True
+            SHARD[self.layout](self.ranks, self.net)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         inputs, targets = batch
         dtype = next(self.parameters()).dtype
         loss = (self.net(inputs.to(dtype)).float() - targets).square().sum(1).mean()
-        return loss * float("inf") if batch_idx == self.overflow_at else loss
+        last = self.global_rank == self.trainer.world_size - 1
+        return loss * float("inf") if last and batch_idx == self.overflow_at else loss
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.result.rates.append(float(optimizer.param_groups[0]["lr"]))
@@ -148,12 +164,10 @@ class Module(LambMixin, LightningModule):
         self.result.schedule_steps = max([c.scheduler.last_epoch for c in self.trainer.lr_scheduler_configs], default=0)
         states = [s for s in optimizer.state.values() if "step" in s]
         self.result.optimizer_steps = max((int(s["step"]) for s in states), default=0)
-        self.result.local = [local_part(p).clone() for p in self.net.parameters()]
+        self.result.local = {f"{name} weight": local_part(p).clone() for name, p in self.net.named_parameters()}
+        for index, entry in enumerate(optimizer.state.values()):
+            self.result.local |= {f"{index} {key}": local_part(value).clone() for key, value in entry.items()}
         self.result.weights = whole_weights(self.trainer.strategy.model, self.net)
-        for name, parameter in self.net.named_parameters():
-            master = optimizer.state.get(parameter, {}).get("master_weight")
-            if master is not None:
-                self.result.masters[name] = master.full_tensor() if isinstance(master, DTensor) else master.clone()
 
 
 class Counting(Callback):
@@ -185,37 +199,42 @@ def whole_weights(model: nn.Module, net: nn.Module) -> dict[str, Tensor]:
 
 
 def strategy_of(job: Job) -> Any:
-    if job.layout == "single":
-        return "auto"
-    if job.layout in ("ddp", "zero1"):
-        return "ddp"
-    if job.layout == "fsdp1":
-        return CPUFSDPStrategy(auto_wrap_policy={nn.LayerNorm})
-    sizes = (2, 2) if job.layout == "fsdp2_tp" else (job.ranks, 1)
-    return ModelParallelStrategy(*sizes, save_distributed_checkpoint=not job.full)
+    sizes = {"tp": (1, job.ranks), "fsdp2_tp": (2, 2)}.get(job.layout, (job.ranks, 1))
+    if job.layout in SHARD:
+        return ModelParallelStrategy(*sizes, save_distributed_checkpoint=not job.full)
+    if job.layout in FSDP1:
+        options: dict[str, Any] = {"device_mesh": (2, 2)} if job.layout == "fsdp1_hybrid" else {}
+        options["auto_wrap_policy"] = ModuleWrapPolicy({nn.LayerNorm})  # `wide` and `tied` share a weight: one unit
+        return CPUFSDPStrategy(sharding_strategy=FSDP1[job.layout], **options, **dict(job.strategy))
+    return {"ddp": "ddp", "zero1": "ddp"}.get(job.layout, "auto")
 
 
-def run_job(job: Job) -> Result:
-    attributes = {"layout": job.layout, "ranks": job.ranks, "lamb_shard_optimizer_state": job.layout == "zero1"}
-    module = type("Case", (Module,), attributes | dict(job.module))()
-    counting = Counting()
-    callbacks: list[Any] = [LargeBatch(GLOBAL_BATCH, base_batch_size=4, warmup_steps=3), counting]
-    callbacks = callbacks if "count" in job.extra else callbacks[:1]
+def callbacks_of(job: Job, counting: Counting) -> list[Any]:
+    callbacks: list[Any] = []
+    if "bare" not in job.extra:
+        callbacks.append(LargeBatch(GLOBAL_BATCH, base_batch_size=4, warmup_steps=3))
+    if "count" in job.extra:
+        callbacks.append(counting)
     if "defer" in job.extra:
-        from lightning_lamb.callbacks.gradient_sync import DeferredGradientSync
-
         callbacks.append(DeferredGradientSync())
     if job.save:
         callbacks.append(
             ModelCheckpoint(job.save, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
         )
+    return callbacks
+
+
+def run_job(job: Job) -> Result:
+    attributes = {"layout": job.layout, "ranks": job.ranks, "lamb_shard_optimizer_state": job.layout == "zero1"}
+    module = type("Case", (Module,), attributes | {"stock": "stock" in job.extra} | dict(job.module))()
+    counting = Counting()
     trainer = Trainer(
         accelerator="cpu",
         devices=job.ranks,
         strategy=strategy_of(job),
         max_epochs=EPOCHS,
         max_steps=job.steps,
-        callbacks=callbacks,
+        callbacks=callbacks_of(job, counting),
         enable_checkpointing=bool(job.save),
         logger=False,
         enable_progress_bar=False,
@@ -233,11 +252,13 @@ def run_job(job: Job) -> Result:
 
 def scaling_precision(layout: str) -> Any:
     """16-mixed with a scaler on the CPU, where the Trainer's precision="16-mixed" means bf16."""
-    if layout == "fsdp1":
+    if layout in FSDP1:
         from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
         from torch.distributed.fsdp.sharded_grad_scaler import ShardedGradScaler
 
-        return FSDPPrecision("16-mixed", scaler=ShardedGradScaler(device="cpu", init_scale=256.0))
+        precision = FSDPPrecision("16-mixed")
+        precision.scaler = ShardedGradScaler(device="cpu", init_scale=256.0)  # Lightning 2.6 refuses the argument
+        return precision
     from lightning.pytorch.plugins import MixedPrecision
 
     return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from reference import ReferenceLamb, ReferenceLars
 from sharding.collectives import CountCollectives
 from sharding.layouts import LAYOUTS, Laid, Layout
-from sharding.networks import GLOBAL_BATCH, STEPS, batches, learning_rate, loss_of, new_net
+from sharding.networks import GLOBAL_BATCH, STEPS, batches, drifts, learning_rate, loss_of, new_net
 from tolerances import relative_error
 from torch import Tensor
 
@@ -68,7 +68,7 @@ class Outcome:
         error: largest relative error of a layer against the NumPy reference fed with the same gradients.
         ratio_error: likewise of the last trust ratios.
         norm_error: relative error of the last gradient norm, where it was clipped.
-        drift: (backward only) largest relative error against the training in float64 on one process.
+        drift: (backward only) `drifts` from the training in float64 on one process.
         collectives: of every step: name of the operator to number.
         names: layers whose ratio this rank reports.
         failure: the exception, as text.
@@ -77,7 +77,7 @@ class Outcome:
     error: float = float("nan")
     ratio_error: float = float("nan")
     norm_error: float = 0.0
-    drift: float = float("nan")
+    drift: dict[str, float] = field(default_factory=dict)
     collectives: list[dict[str, int]] = field(default_factory=list)
     names: list[str] = field(default_factory=list)
     failure: str = ""
@@ -157,7 +157,7 @@ def run_case(case: Case) -> Outcome:
         outcome.norm_error = abs(float(optimizer.grad_norm) / reference.grad_norm - 1)
     if case.source == "backward":
         exact = trained_alone(case, torch.float64)
-        outcome.drift = max(relative_error(weights[name], exact[name]) for name in weights)
+        outcome.drift = drifts(weights, exact)
     return outcome
 
 
@@ -241,7 +241,6 @@ def trained_alone(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
     return _ALONE[key]
 
 
-def drift_alone(case: Case) -> float:
+def drift_alone(case: Case) -> dict[str, float]:
     """How far one process drifts from float64 in the case's precision."""
-    exact, rounded = trained_alone(case, torch.float64), trained_alone(case, torch.float32)
-    return max(relative_error(rounded[name], exact[name]) for name in exact)
+    return drifts(trained_alone(case, torch.float32), trained_alone(case, torch.float64))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
+import sys
 from types import ModuleType
 
 from lightning_lamb.errors import MissingDependencyError
@@ -14,13 +16,14 @@ BEFORE = (0, 20)
 
 
 def load_deepspeed() -> ModuleType:
-    """Imports DeepSpeed.
+    """Imports DeepSpeed; its log goes to stderr, so that what a program prints (``--print_config``) can be read.
 
     Raises:
         MissingDependencyError: it is not installed, or it is a version that was not tested.
     """
     try:
-        deepspeed = importlib.import_module("deepspeed")
+        with contextlib.redirect_stdout(sys.stderr):  # while it makes its log handler
+            deepspeed = importlib.import_module("deepspeed")
     except ModuleNotFoundError as error:
         if error.name != "deepspeed":
             raise  # installed, but something that it needs is not: that message is the better one

@@ -30,7 +30,6 @@ def printed_config(config: Path, script: str) -> str:
     return result.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
 def test_a_config_fits_the_real_signatures_and_round_trips(config: Path, tmp_path: Path):
     if "deepspeed" in config.name:

@@ -57,7 +57,6 @@ def test_a_peer_that_is_not_installed_is_listed_as_such():
     assert contenders.reason_not_to_run(gpu_only, "cpu") == "does not run on cpu"
 
 
-@pytest.mark.slow
 def test_the_benchmark_runs_and_writes_its_numbers(tmp_path: Path):
     options = ["--shapes", "3*100x100", "--threads", "1", "--rounds", "2", "--only", "foreach"]
     files = ["--json", str(tmp_path / "b.json"), "--markdown", str(tmp_path / "b.md")]
@@ -75,7 +74,6 @@ def test_the_benchmark_page_is_what_its_json_says():
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page(results)
 
 
-@pytest.mark.slow
 def test_sharded_training_drifts_as_the_figure_shows(tmp_path: Path):
     """On 2 ranks and few steps: ours by rounding only, an optimizer that is not aware of FSDP1's pieces by far more."""
     script = str(ROOT / "examples" / "figures" / "sharded_error.py")

@@ -41,7 +41,6 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     return result
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_python_blocks_of_a_page_run_from_top_to_bottom(page: Path, tmp_path: Path):
     """One namespace per page. Each block keeps its line number, so a traceback points into the page."""
@@ -63,7 +62,6 @@ def test_a_python_block_compiles(block: Block):
     compile(block.code, name(block), "exec")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_bash_blocks_run(page: Path, tmp_path: Path):
     """What starts with python runs, in a folder that holds the page's own files; what sets up a machine does not."""
@@ -98,7 +96,6 @@ def test_json_blocks_parse():
         assert json.loads(block.code), str(block)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("block", all_blocks("yaml"), ids=name)
 def test_a_yaml_block_fits_the_signatures_it_configures(block: Block, tmp_path: Path):
     """Parsed by LambCLI against the real classes, on the digits example's model and data."""

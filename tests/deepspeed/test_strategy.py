@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import sys
 from typing import Any
 
 import pytest
@@ -15,12 +13,8 @@ from zero_training import (
     BATCH,
     BUCKETS,
     LR,
-    Loaders,
     expected,
     fit,
-    from_config,
-    lightning_parts,
-    ranks,
     weights_of,
     windows_of,
 )
@@ -145,76 +139,3 @@ def test_traps_8_and_9_the_loss_is_divided_once_and_lightning_alone_counts(stage
     for stage in stages:
         assert found["steps"][stage] == (len(windows), len(windows)), stage
         assert largest_error(found["weights"][stage], exact) <= 5e-6, stage
-
-
-# ---- the config's optimizer and schedule, precisions, zero.Init, the CLI
-
-
-def run_configs() -> dict[str, Any]:
-    pl, Model = lightning_parts()
-    found: dict[str, Any] = {}
-    json = {
-        "optimizer": {"type": "LightningLamb", "params": {"lr": LR}},
-        "scheduler": {"type": "StagedWarmup", "params": {"warmup_steps": 2}},
-    }
-    for stage in (0, 2, 3):
-        trainer, model = fit(stage, micro_batch=8, model=from_config(pl), config=copy.deepcopy(json))
-        found[f"json, stage {stage}"] = {"weights": weights_of(trainer), "rates": model.rates}
-    json["optimizer"]["type"] = "Lamb"
-    trainer, model = fit(1, micro_batch=8, model=from_config(pl), config=json, strategy_options={"lamb_is_ours": True})
-    found["json, Lamb is ours"] = {"weights": weights_of(trainer), "rates": model.rates}
-    for precision in ("bf16-mixed", "bf16-true"):
-        for stage in (0, 1, 2, 3):
-            trainer, model = fit(stage, micro_batch=8, precision=precision)
-            found[f"{precision}, stage {stage}"] = {"weights": weights_of(trainer), "rates": model.rates}
-    trainer, model = fit(3, micro_batch=8, model=Model(late=True))
-    groups = trainer.strategy.deepspeed_engine.basic_optimizer.param_groups
-    found["zero.Init"] = [(len(group["param_names"]), group["weight_decay"]) for group in groups]
-    return found
-
-
-@pytest.mark.slow
-def test_json_entries_precisions_and_late_initialisation_under_lightning():
-    found = on_ranks(run_configs, 2)[0]
-    windows = windows_of(16)
-    schedule = {"total_steps": len(windows), "warmup_steps": 2}
-    exact, constant = expected(windows, schedule=schedule), expected(windows)
-    for label, one in found.items():
-        if label == "zero.Init":
-            assert one == [(2, 0.01), (4, 0.0)], "exemptions went by the shapes of emptied parameters"
-        elif label.startswith("json"):
-            assert one["rates"][:2] == pytest.approx([LR / 2, LR]), label
-            assert largest_error(one["weights"], exact) <= 5e-6, label
-        else:
-            assert largest_error(one["weights"], constant) <= 3e-2, f"{label}: more than bfloat16's forward explains"
-
-
-def run_cli(folder: str) -> dict[str, Any]:
-
-    from lightning_lamb import LambCLI
-
-    _, Model = lightning_parts()
-
-    class Plain(Model):  # type: ignore[misc, valid-type]
-        pass
-
-    module = sys.modules[__name__]
-    module.CliData = type(Loaders(8))  # type: ignore[attr-defined]
-    arguments = ["fit", "--trainer.strategy=lamb_deepspeed_stage_2", "--trainer.accelerator=cpu"]
-    arguments += [f"--trainer.devices={ranks()}", "--trainer.max_epochs=1", "--trainer.logger=false"]
-    arguments += ["--trainer.enable_checkpointing=false", "--trainer.enable_progress_bar=false"]
-    arguments += ["--trainer.use_distributed_sampler=false", "--optimizer=Lamb", f"--optimizer.lr={LR}"]
-    arguments += ["--lr_scheduler=StagedWarmup", "--lr_scheduler.warmup_steps=2"]
-    arguments += [f"--trainer.default_root_dir={folder}"]
-    cli = LambCLI(Plain, module.CliData, args=arguments, save_config_callback=None)
-    return {"weights": weights_of(cli.trainer), "strategy": type(cli.trainer.strategy).__name__}
-
-
-@pytest.mark.slow
-def test_the_strategy_is_known_to_the_cli_by_name(tmp_path):
-    pytest.importorskip("jsonargparse", reason="jsonargparse is not installed")
-    found = on_ranks(run_cli, 2, str(tmp_path))[0]
-    windows = windows_of(16)
-    assert found["strategy"] == "LambDeepSpeedStrategy"
-    exact = expected(windows, schedule={"total_steps": len(windows), "warmup_steps": 2})
-    assert largest_error(found["weights"], exact) <= 5e-6

@@ -25,7 +25,7 @@ from functools import cache
 from pathlib import Path
 
 SWITCH = "LIGHTNING_LAMB_CPU_KERNEL"
-SOURCES = ("lamb_cpu.c", "lamb_pass.h")
+SOURCES = ("lamb_cpu.c", "lamb_pass.h", "lamb_avx512.h", "lamb_avx512_pass.h")
 COMPILERS = ("cc", "gcc", "clang")
 # Not -ffast-math: NaN and infinity must come out as they do in the equations.
 MATH = ("-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")

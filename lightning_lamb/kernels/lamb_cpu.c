@@ -153,6 +153,13 @@ TYPE_CONVERSIONS(double_, double, FLOAT64)
 
 /* --------------------------------------------------------------------------------------------------------- passes */
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+#define HAS_AVX512 1
+#include "lamb_avx512.h"
+#else
+#define HAS_AVX512 0
+#endif
+
 #define REAL float
 #define BITS uint32_t
 #define MAGNITUDE 0x7fffffffu
@@ -162,7 +169,9 @@ TYPE_CONVERSIONS(double_, double, FLOAT64)
 #define STORE(x, r) (x)
 #define RANDOM 0
 #define NAME float_
+#define VECTORS HAS_AVX512
 #include "lamb_pass.h"
+#undef VECTORS
 #undef MOMENT
 #undef LOAD
 #undef STORE
@@ -176,7 +185,9 @@ TYPE_CONVERSIONS(double_, double, FLOAT64)
 #define STORE(x, r) cut_to_bfloat16(x, r)
 #define RANDOM 1
 #define NAME narrow_
+#define VECTORS HAS_AVX512
 #include "lamb_pass.h"
+#undef VECTORS
 #undef REAL
 #undef BITS
 #undef MAGNITUDE
@@ -196,6 +207,7 @@ TYPE_CONVERSIONS(double_, double, FLOAT64)
 #define STORE(x, r) (x)
 #define RANDOM 0
 #define NAME double_
+#define VECTORS 0
 #include "lamb_pass.h"
 
 static void first(const Job *job, int64_t layer, int64_t from, int64_t n, void *kept, double *statistics) {

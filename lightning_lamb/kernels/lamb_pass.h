@@ -7,6 +7,7 @@
  *   STORE(x, r)   a REAL as a stored moment; r: 16 random bits, or 0 where RANDOM is 0
  *   RANDOM        1 if STORE rounds stochastically
  *   NAME(x)       the function's name for this pair
+ *   VECTORS       1 if lamb_avx512_pass.h has been included for this pair
  *
  * Symbols as in equations.py: w weight, g gradient, m and v moments, u update.
  */
@@ -117,8 +118,44 @@ static double NAME(statistic)(const REAL *restrict x, int64_t n, int norm) {
     return wide;
 }
 
+#if VECTORS
+/* Whether the vectors of lamb_avx512_pass.h do this job. */
+static int NAME(suits512)(const Job *job, int64_t layer) {
+    const double *at = job->coefficients + layer * COEFFICIENTS;
+    return job->base == ADAM && job->norm == L2 && at[GRAD] == 0 && at[GRAD_SQUARE] == 0 && at[MOMENT2] > 0;
+}
+
+static void NAME(first512)(const Job *job, int64_t layer, int64_t from, int64_t n, void *kept, double *statistics) {
+    float *w = (float *)job->weights[layer];
+    MOMENT *m = (MOMENT *)job->moments1[layer], *v = (MOMENT *)job->moments2[layer];
+    const Numbers512 numbers = numbers512(job, layer);
+    float converted[BLOCK], update[BLOCK];
+    for (int64_t end = from + n, i = from, size; i < end; i += size) {
+        size = end - i < BLOCK ? end - i : BLOCK;
+        float *u = kept ? (float *)kept + (i - from) : NULL;
+        const float *g = gradient_float(job, layer, i, size, converted);
+        double sums[2] = {0, 0};
+        if (job->copy_type != NO_COPY) copy_in_float(job, layer, w + i, i, size);
+        const int sure = NAME(direction512)(&numbers, size, w + i, g, m + i, v + i, u, i, job->seeds[layer], sums);
+        if (!sure && job->adapt) {
+            NAME(apply512)(&numbers, size, w + i, m + i, v + i, update, 0);
+            sums[0] = NAME(statistic)(w + i, size, L2);
+            sums[1] = NAME(statistic)(update, size, L2);
+        }
+        statistics[0] += sums[0], statistics[1] += sums[1];
+    }
+    if (!job->adapt) statistics[0] = statistics[1] = 0;
+}
+#endif
+
 /* First pass over elements [from, from + n) of a layer: moments, statistics, and the updates if `kept` is given. */
 static void NAME(first)(const Job *job, int64_t layer, int64_t from, int64_t n, void *kept, double *statistics) {
+#if VECTORS
+    if (NAME(suits512)(job, layer)) {
+        NAME(first512)(job, layer, from, n, kept, statistics);
+        return;
+    }
+#endif
     REAL *w = (REAL *)job->weights[layer];
     MOMENT *m = (MOMENT *)job->moments1[layer], *v = job->base == ADAM ? (MOMENT *)job->moments2[layer] : m;
     const NAME(Numbers) numbers = NAME(numbers)(job, layer);
@@ -142,10 +179,17 @@ static void NAME(second)(const Job *job, int64_t layer, int64_t from, int64_t n,
     const MOMENT *v = job->base == ADAM ? (const MOMENT *)job->moments2[layer] : m;
     const NAME(Numbers) numbers = NAME(numbers)(job, layer);
     const int looks_ahead = numbers.grad != 0 || numbers.grad_square != 0;
+#if VECTORS
+    const Numbers512 vectors = numbers512(job, layer);
+    const int suits = NAME(suits512)(job, layer);
+#endif
     REAL converted[BLOCK];
     for (int64_t end = from + n, i = from, size; i < end; i += size) {
         size = end - i < BLOCK ? end - i : BLOCK;
         if (kept) NAME(apply_kept)(size, w + i, (const REAL *)kept + (i - from), (REAL)step_size);
+#if VECTORS
+        else if (suits) NAME(apply512)(&vectors, size, w + i, m + i, v + i, NULL, (float)step_size);
+#endif
         else {
             const REAL *g = looks_ahead ? NAME(gradient)(job, layer, i, size, converted) : NULL;
             NAME(apply_again)(numbers, job->base, size, w + i, g, m + i, v + i, (REAL)step_size);

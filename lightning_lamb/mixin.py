@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_lamb.callbacks.conflicts import refuse_double_clipping
 from lightning_lamb.callbacks.gradients import clip_by_norm, clip_by_value
 from lightning_lamb.callbacks.large_batch import large_batch_of
+from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.windows import report_count
 from lightning_lamb.errors import ConflictError
 from lightning_lamb.lightning_seams import (
@@ -113,6 +114,17 @@ class LambMixin:
         if scheduler.total_steps is None and trainer is not None and large_batch_of(trainer) is None:
             scheduler.set_total_steps(total_optimizer_steps(trainer))  # LargeBatch does it itself, and adds its warm-up
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Names the parameters of the optimizer's state, so that FSDP can read it; call it if you override it.
+
+        Args:
+            checkpoint: modified in place.
+        """
+        super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
+        trainer = attached_trainer(self)  # type: ignore[arg-type]
+        if trainer is not None:
+            name_optimizer_states(trainer, self, checkpoint)  # type: ignore[arg-type]
 
     # ---- clipping
 

@@ -32,6 +32,7 @@ from lightning_lamb.callbacks.plan_change import (
 from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.callbacks.stage_options import StageOptions
+from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
 from lightning_lamb.callbacks.window_loss import WindowLoss
 from lightning_lamb.callbacks.windows import WindowMean
@@ -325,6 +326,7 @@ class LargeBatch(Callback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds position and random numbers, of all ranks. In an open window, those of its start."""
+        name_optimizer_states(trainer, pl_module, checkpoint)
         if self.derived is not None and "callbacks" in checkpoint and is_fitting(trainer):
             checkpoint[POSITION_KEY] = self._resume.save(trainer, checkpoint)
 

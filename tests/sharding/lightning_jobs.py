@@ -53,8 +53,8 @@ class Job:
     Attributes:
         layout: "single", "ddp", "zero1" (sharded optimizer state), or a key of `FSDP1` or `SHARD`.
         ranks: processes.
-        resume: checkpoint to continue from.
-        save: folder for a checkpoint after every optimizer step.
+        resume: name of a run that saved and its step, to continue from.
+        save: name under which to write a checkpoint after every optimizer step.
         full: (FSDP2) one file instead of a folder.
         trainer: further options of the Trainer.
         strategy: (FSDP1) further options of the strategy.
@@ -66,7 +66,7 @@ class Job:
 
     layout: str
     ranks: int
-    resume: str | None = None
+    resume: tuple[str, int] | None = None
     save: str | None = None
     full: bool = False
     trainer: tuple[tuple[str, Any], ...] = ()
@@ -78,7 +78,11 @@ class Job:
 
 @dataclass
 class Result:
-    """What each rank reports of a job; ``local`` is every tensor on it: weights and optimizer state."""
+    """What each rank reports of a job.
+
+    ``local`` is every tensor on it at the end, weights and optimizer state; ``masters`` those before each step, whole
+    or this rank's slice.
+    """
 
     weights: dict[str, Tensor] = field(default_factory=dict)
     local: dict[str, Tensor] = field(default_factory=dict)
@@ -86,6 +90,7 @@ class Result:
     accumulation: int = 0
     schedule_steps: int = 0
     optimizer_steps: int = 0
+    masters: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     collectives: dict[str, int] = field(default_factory=dict)
     failure: str = ""
 
@@ -157,6 +162,17 @@ class Module(LambMixin, LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         self.result.rates.append(float(optimizer.param_groups[0]["lr"]))
+        self.result.masters[self.trainer.global_step] = self.held_masters(self.trainer.optimizers[0])
+
+    def entries(self, optimizer: Any) -> Iterator[tuple[str, nn.Parameter, dict[str, Any]]]:
+        """Name, parameter and optimizer state."""
+        pieces = {own.parameter: own.piece for own in getattr(optimizer, "_slices", [])}  # of a ShardedStateOptimizer
+        for name, parameter in self.net.named_parameters():
+            yield clean_name(name), parameter, optimizer.state.get(pieces.get(parameter, parameter), {})
+
+    def held_masters(self, optimizer: Any) -> dict[str, Tensor]:
+        held = {name: entry["master_weight"] for name, _, entry in self.entries(optimizer) if "master_weight" in entry}
+        return {name: (m.full_tensor() if isinstance(m, DTensor) else m).clone() for name, m in held.items()}
 
     def on_train_end(self) -> None:
         optimizer = self.trainer.optimizers[0]
@@ -164,9 +180,9 @@ class Module(LambMixin, LightningModule):
         self.result.schedule_steps = max([c.scheduler.last_epoch for c in self.trainer.lr_scheduler_configs], default=0)
         states = [s for s in optimizer.state.values() if "step" in s]
         self.result.optimizer_steps = max((int(s["step"]) for s in states), default=0)
-        self.result.local = {f"{name} weight": local_part(p).clone() for name, p in self.net.named_parameters()}
-        for index, entry in enumerate(optimizer.state.values()):
-            self.result.local |= {f"{index} {key}": local_part(value).clone() for key, value in entry.items()}
+        for name, parameter, entry in self.entries(optimizer):
+            held = {"weight": parameter} | entry
+            self.result.local |= {f"{name} {key}": local_part(value).clone() for key, value in held.items()}
         self.result.weights = whole_weights(self.trainer.strategy.model, self.net)
 
 
@@ -209,7 +225,7 @@ def strategy_of(job: Job) -> Any:
     return {"ddp": "ddp", "zero1": "ddp"}.get(job.layout, "auto")
 
 
-def callbacks_of(job: Job, counting: Counting) -> list[Any]:
+def callbacks_of(job: Job, counting: Counting, root: str) -> list[Any]:
     callbacks: list[Any] = []
     if "bare" not in job.extra:
         callbacks.append(LargeBatch(GLOBAL_BATCH, base_batch_size=4, warmup_steps=3))
@@ -218,13 +234,12 @@ def callbacks_of(job: Job, counting: Counting) -> list[Any]:
     if "defer" in job.extra:
         callbacks.append(DeferredGradientSync())
     if job.save:
-        callbacks.append(
-            ModelCheckpoint(job.save, "{step}", save_top_k=-1, every_n_train_steps=1, save_on_train_epoch_end=False)
-        )
+        often = {"every_n_train_steps": 1, "save_top_k": -1, "save_on_train_epoch_end": False}
+        callbacks.append(ModelCheckpoint(Path(root, job.save), "{step}", **often))
     return callbacks
 
 
-def run_job(job: Job) -> Result:
+def run_job(job: Job, root: str = "") -> Result:
     attributes = {"layout": job.layout, "ranks": job.ranks, "lamb_shard_optimizer_state": job.layout == "zero1"}
     module = type("Case", (Module,), attributes | {"stock": "stock" in job.extra} | dict(job.module))()
     counting = Counting()
@@ -234,7 +249,7 @@ def run_job(job: Job) -> Result:
         strategy=strategy_of(job),
         max_epochs=EPOCHS,
         max_steps=job.steps,
-        callbacks=callbacks_of(job, counting),
+        callbacks=callbacks_of(job, counting, root),
         enable_checkpointing=bool(job.save),
         logger=False,
         enable_progress_bar=False,
@@ -245,7 +260,8 @@ def run_job(job: Job) -> Result:
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(module, datamodule=Data(), ckpt_path=job.resume)
+        path = Path(root, job.resume[0], f"step={job.resume[1]}.ckpt") if job.resume else None
+        trainer.fit(module, datamodule=Data(), ckpt_path=path)
     module.result.collectives = counting.counts
     return module.result
 
@@ -264,17 +280,12 @@ def scaling_precision(layout: str) -> Any:
     return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=256.0))
 
 
-def run_jobs(jobs: list[Job]) -> list[Result]:
+def run_jobs(jobs: list[Job], root: str = "") -> list[Result]:
     """Worker: one job after the other; an error ends its job only, if it is the same on all ranks."""
     found = []
     for job in jobs:
         try:
-            found.append(run_job(job))
+            found.append(run_job(job, root))
         except Exception:  # noqa: BLE001 - the test reports it
             found.append(Result(failure=traceback.format_exc()))
     return found
-
-
-def checkpoint(folder: str, step: int) -> str:
-    """The path of the checkpoint after ``step`` optimizer steps."""
-    return str(Path(folder) / f"step={step}.ckpt")

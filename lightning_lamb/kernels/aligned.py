@@ -48,19 +48,22 @@ def aligned(batch: Batch, is_readable: Callable[[Tensor], bool]) -> Aligned:
     """
     lists = batch.weights, batch.grads, batch.moments1, batch.moments2, batch.parameters
     grads = batch.grads
+    one_kind = len(set(map(_dtype_of, grads))) == 1 and is_readable(grads[0])
+    is_plain = one_kind and set(map(type, grads)) <= PLAIN and all(map(Tensor.is_contiguous, grads))
+    pointers = list(map(pointers_to, lists)) if is_plain else []
+    known = batch.memory.get("known")
+    if is_plain and known is not None and known.holds(lists, pointers):
+        _check_sizes(lists, GRADS, known.sizes)
+        return Aligned(lists, [], known.sizes, pointers)
     sizes = array("q", map(Tensor.numel, batch.weights))
     _check_sizes(lists, GRADS, sizes)
-    one_kind = len(set(map(_dtype_of, grads))) == 1 and is_readable(grads[0])
-    if not one_kind or not set(map(type, grads)) <= PLAIN or not all(map(Tensor.is_contiguous, grads)):
+    if not is_plain:
         return _copied(lists, sizes, convert=not one_kind)
-    pointers = list(map(pointers_to, lists))
-    known = batch.memory.get("known")
-    if known is not None and known.holds(lists, pointers):
-        return Aligned(lists, [], sizes, pointers)
     if not all(all(map(Tensor.is_contiguous, part)) for part in lists):
         return _copied(lists, sizes, convert=False)
     _check_state(lists, sizes)
-    batch.memory["known"] = _Known([part if index != GRADS else [] for index, part in enumerate(lists)], pointers)
+    kept = [part if index != GRADS else [] for index, part in enumerate(lists)]
+    batch.memory["known"] = _Known(kept, pointers, sizes)
     return Aligned(lists, [], sizes, pointers)
 
 
@@ -78,6 +81,7 @@ class _Known:
 
     lists: list[list[Tensor]]
     pointers: list[array[int]]
+    sizes: array[int]
 
     def holds(self, lists: Lists, pointers: list[array[int]]) -> bool:
         """Whether all but the gradients are the same tensors, at the same addresses."""

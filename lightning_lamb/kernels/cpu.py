@@ -162,8 +162,9 @@ def _address(values: Any) -> int:
 
 def _tell_autograd(batch: Batch, passes: int) -> None:
     """Counts the change of weights that torch did not see, so that a backward pass through old ones still complains."""
-    changed = [*batch.moments1, *batch.moments2] if passes & FIRST else []
-    changed += [*batch.weights, *batch.parameters] if passes & SECOND else []
+    if not passes & SECOND:  # no graph has ever seen the moments
+        return
+    changed = [*batch.weights, *batch.parameters]
     try:
         torch.autograd.graph.increment_version(changed)
     except RuntimeError:  # inference tensors have no version

@@ -49,7 +49,11 @@ class Crew:
     memory: dict[str, Any] = field(default_factory=dict)
 
     def batch(
-        self, optimizer: LayerwiseOptimizer, coefficients: list[Coefficients], grad_scale: Tensor | None
+        self,
+        optimizer: LayerwiseOptimizer,
+        coefficients: list[Coefficients],
+        grad_scale: Tensor | None,
+        grads: Sequence[Tensor | None] | None = None,
     ) -> Batch:
         """This step's batch.
 
@@ -57,6 +61,7 @@ class Crew:
             optimizer: whose slots they are.
             coefficients: of this step, per slot.
             grad_scale: clip coefficient, or None.
+            grads: of all slots of the plan, if they have been looked up.
         """
         first = self.slots[0]
         seeds = []
@@ -65,7 +70,7 @@ class Crew:
         return Batch(
             options=options_of(first, optimizer),
             weights=self._weights(optimizer),
-            grads=self._gradients(),
+            grads=self._gradients(grads),
             moments1=self._tensors("exp_avg"),
             moments2=self._tensors("exp_avg_sq") if optimizer.base == "adam" else [],
             coefficients=coefficients,
@@ -92,8 +97,11 @@ class Crew:
             return [state[key] for state in self.states]
         return [slot.piece.view(state[key]) for slot, state in zip(self.slots, self.states)]
 
-    def _gradients(self) -> list[Tensor]:
-        if self.is_plain:
+    def _gradients(self, grads: Sequence[Tensor | None] | None) -> list[Tensor]:
+        found: list[Tensor | None]
+        if self.is_plain and grads is not None:
+            found = [grads[position] for position in self.positions]
+        elif self.is_plain:
             found = [slot.parameter.grad for slot in self.slots]
         else:
             found = [local_gradient(slot) for slot in self.slots]

@@ -15,20 +15,25 @@ from lightning_lamb.kernels.statistics import statistics
 from lightning_lamb.optimizers.plan import LayerPlan, Slot
 from lightning_lamb.sharding import completed_gradients, refuse_plain_gradient
 
+_layout_of, _dtype_of = attrgetter("layout"), attrgetter("dtype")
 
-def check(plan: LayerPlan) -> None:
+
+def check(plan: LayerPlan, grads: Sequence[Tensor | None]) -> None:
     """Refuses gradients that cannot be used, before anything is updated.
+
+    Args:
+        plan: of the optimizer.
+        grads: of its slots' parameters.
 
     Raises:
         UnsupportedGradientError: a sparse or complex one, naming the parameter.
         UnknownShardError: a plain one on a DTensor parameter.
     """
-    found = [grad for slot in plan.slots if (grad := slot.parameter.grad) is not None]
-    kinds = set(zip(map(attrgetter("layout"), found), map(attrgetter("dtype"), found)))
-    if not plan.dtensors and all(layout == torch.strided and not dtype.is_complex for layout, dtype in kinds):
+    found = [grad for grad in grads if grad is not None]
+    layouts, dtypes = set(map(_layout_of, found)), set(map(_dtype_of, found))
+    if not plan.dtensors and layouts <= {torch.strided} and not any(dtype.is_complex for dtype in dtypes):
         return
-    for slot in plan.slots:
-        grad = slot.parameter.grad
+    for slot, grad in zip(plan.slots, grads):
         if grad is not None:
             refuse_unusable(grad, slot.piece.layer.name)
             refuse_plain_gradient(slot.parameter, grad, slot.piece.layer.name)
@@ -125,8 +130,13 @@ def square_norm(plan: LayerPlan, max_grad_values: Sequence[float | None]) -> Ten
     total: Tensor | None = None
     for slots, reduction in plan.global_norms().values():
         empty = torch.empty(0, device=slots[0].device)
-        grads = [_bounded(local_gradient(slot), max_grad_values[slot.group], empty) for slot in slots]
-        part = reduction.total(statistics(grads, "l2"))
+        grads = [local_gradient(slot) for slot in slots]
+        bounds = [max_grad_values[slot.group] for slot in slots]
+        if any(bound is not None for bound in bounds):  # one at a time: each bounded gradient is a copy
+            squares = [statistics([_bounded(*each, empty)], "l2") for each in zip(grads, bounds)]
+            part = reduction.total(torch.cat(squares))
+        else:
+            part = reduction.total(statistics([empty if grad is None else grad for grad in grads], "l2"))
         total = part if total is None else total + part.to(total.device)
     return total
 

@@ -91,19 +91,21 @@ class LayerwiseOptimizer(Optimizer):
             return
         plan = self.plan()
         self._refuse_idle(plan)
-        gradients.check(plan)
+        # Looked up once: a thousand look-ups take as long as a small layer's step.
+        grads = [slot.parameter.grad for slot in plan.slots]
+        gradients.check(plan, grads)
         with gradients.completed(plan):
-            self._update_layers(plan)
+            self._update_layers(plan, grads)
 
     @torch.compiler.disable(recursive=False)
-    def _update_layers(self, plan: LayerPlan) -> None:
+    def _update_layers(self, plan: LayerPlan, grads: list[Tensor | None]) -> None:
         grad_scale = self._clip_scale()
-        roster = roster_of(self, plan)
+        roster = roster_of(self, plan, grads)
         report = LayerReport()
         for crew in roster.whole:
             group = self.param_groups[crew.slots[0].group]
             coefficients = roster.coefficients(crew)
-            batch = crew.batch(self, coefficients, grad_scale)
+            batch = crew.batch(self, coefficients, grad_scale, grads)
             bounds = group["weight_norm_bounds"], group["trust_ratio_bounds"]
             report.add(crew.names, crew.kernel.step(batch, scales_of(group, coefficients), *bounds))
         if plan.split:

@@ -113,9 +113,14 @@ class Roster:
 
 
 @torch.compiler.disable  # Dynamo would guard on the identity of gradients, which are new tensors at every step
-def roster_of(optimizer: LayerwiseOptimizer, plan: LayerPlan) -> Roster:
-    """The roster of this step, its steps counted: the one of an earlier step if that still holds."""
-    grads = [slot.parameter.grad for slot in plan.slots]
+def roster_of(optimizer: LayerwiseOptimizer, plan: LayerPlan, grads: Sequence[Tensor | None]) -> Roster:
+    """The roster of this step, its steps counted: the one of an earlier step if that still holds.
+
+    Args:
+        optimizer: about to step.
+        plan: its own.
+        grads: of the plan's slots.
+    """
     missing = tuple(index for index, grad in enumerate(grads) if grad is None)
     roster = plan.rosters.get(_key(optimizer, plan, missing))
     if roster is None:

@@ -51,6 +51,9 @@ def lightning_parts() -> Any:
         def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
             return (self.net(batch[0]) - batch[1]).pow(2).mean()
 
+        def test_step(self, batch: list[Tensor], batch_idx: int) -> None:
+            self.log("test_loss", (self.net(batch[0]) - batch[1]).pow(2).mean())
+
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             self.rates.append(float(self.trainer.optimizers[0].param_groups[0]["lr"]))
 
@@ -159,6 +162,14 @@ def expected(
         if scheduler is not None:
             scheduler.step()
     return {name: p.detach().numpy() for name, p in model.named_parameters()}
+
+
+def loss_at(weights: dict[str, np.ndarray]) -> float:
+    """The loss over all samples, in float64."""
+    model = nn.ModuleDict({"net": network()}).double()
+    model.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})
+    inputs, targets = (tensor.double() for tensor in data().tensors)
+    return float((model["net"](inputs) - targets).pow(2).mean().detach())
 
 
 def windows_of(batch: int, epochs: int = 1) -> list[list[int]]:

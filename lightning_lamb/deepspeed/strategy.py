@@ -122,6 +122,27 @@ class LambDeepSpeedStrategy(DeepSpeedStrategy):
         )
         return engine, wrapper
 
+    def _initialize_deepspeed_inference(self, model: Any) -> None:
+        """Lightning's, for validate, test and predict; on the CPU with a rank for the device index."""
+        if not self._on_cpu:
+            super()._initialize_deepspeed_inference(model)
+            return
+        assert isinstance(self.config, dict)
+        kept = ["fp16", "bf16"]
+        if self.zero_stage_3:
+            kept += ["zero_allow_untested_optimizer", "zero_optimization"]
+        config = {name: self.config[name] for name in kept if name in self.config}
+        config["train_micro_batch_size_per_gpu"] = 1  # DeepSpeed wants one
+        stock = importlib.import_module(DeepSpeedStrategy.__module__)
+        stock.remove_module_hooks(model)  # of the engine that trained it
+        self.model, _, _, _ = load_deepspeed().initialize(
+            args=argparse.Namespace(device_rank=self.local_rank),
+            config=config,
+            model=model,
+            model_parameters=[],
+            dist_init_required=False,
+        )
+
     # ---- what the config and the module say
 
     def _format_config(self) -> None:

@@ -1,4 +1,4 @@
-"""`LambDeepSpeedStrategy` trains exactly: LargeBatch, accumulation, clipping, JSON entries, precisions, the CLI."""
+"""`LambDeepSpeedStrategy` trains exactly: LargeBatch, accumulation, clipping, offload, the monitor and testing."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import pytest
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+from torch.utils.data import DataLoader
 from zero_setting import largest_error, on_ranks
 from zero_training import (
     BATCH,
     BUCKETS,
     LR,
+    data,
     expected,
     fit,
+    loss_at,
     weights_of,
     windows_of,
 )
@@ -76,6 +79,7 @@ def run_large_batch(labels: list[str]) -> dict[str, Any]:
             "rates": model.rates,
             "ratios": logger.rows,
         }
+        found[label]["tested"] = trainer.test(model, DataLoader(data(), 8), verbose=False)[0]["test_loss"]
     return found
 
 
@@ -98,6 +102,7 @@ def test_large_batch_trains_its_batch_exactly_short_last_windows_included_and_th
         assert found["train_batch_size"] == BATCH, label
         assert found["rates"][0] == pytest.approx(2 * LR / 3), label
         assert largest_error(found["weights"], exact) <= 5e-6, label
+        assert found["tested"] == pytest.approx(loss_at(exact), rel=1e-5), label
         assert len(found["ratios"]) == steps, label
         for got, ratio in zip(found["ratios"], ratios):
             assert got == pytest.approx(ratio, rel=1e-4), label

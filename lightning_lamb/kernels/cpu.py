@@ -84,15 +84,34 @@ def apply(batch: Batch, step_sizes: Tensor | Sequence[Scalar]) -> None:
     _run(batch, SECOND, None, step_sizes)
 
 
-def advance(steps: Sequence[Tensor]) -> tuple[Sequence[float], bool]:
-    """Adds one to float32 step counts on the host.
+class StepCounts:
+    """Float32 step counts on the host, each a tensor, counted in one call.
 
-    Returns:
-        The counts, and whether all are equal. A thousand ``float(step)`` would take longer than to step small layers.
+    A thousand ``float(step)`` would take longer than to step small layers, and so would a thousand ``data_ptr()``: only
+    the first and the last are looked at, for somebody who moves all (``share_memory_()``). The memory of the others
+    stays valid for as long as this object lives.
+
+    Args:
+        steps: at least one; nobody but this object and torch's in-place operations may change them.
     """
-    values, pointers = array("d", bytes(8 * len(steps))), pointers_to(steps)
-    alike = library().lamb_advance(len(steps), _address(pointers), _address(values))
-    return values, bool(alike)
+
+    def __init__(self, steps: Sequence[Tensor]) -> None:
+        self.steps = steps
+        self._pointers = pointers_to(steps)
+        self._storages = [step.untyped_storage() for step in steps]
+
+    def advance(self) -> tuple[Sequence[float], bool]:
+        """Adds one to each.
+
+        Returns:
+            The counts, and whether all are equal.
+        """
+        ends = self.steps[0].data_ptr(), self.steps[-1].data_ptr()
+        if ends != (self._pointers[0], self._pointers[-1]):
+            self.__init__(self.steps)  # type: ignore[misc]
+        values = array("d", bytes(8 * len(self.steps)))
+        alike = library().lamb_advance(len(self.steps), _address(self._pointers), _address(values))
+        return values, bool(alike)
 
 
 # ------------------------------------------------------------------------------------------------------- one call

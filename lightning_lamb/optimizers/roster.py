@@ -47,6 +47,7 @@ class Roster:
         # With the library at hand, a thousand step counts cost one call instead of a thousand.
         self._has_library = any(crew.kernel is cpu for crew in (*self.whole, *self.split))
         self._known_steps: list[Any] = []
+        self._counts: cpu.StepCounts | None = None
         self._by_parameter: dict[int, Coefficients] = {}
         self._by_group: dict[int, Coefficients] = {}
 
@@ -60,8 +61,10 @@ class Roster:
             values = self._advance_on_device(steps, groups)
         elif not self._are_plain(steps):
             values = self._advance_one_by_one(steps)
-        elif self._has_library:
-            values, alike = cpu.advance(steps)
+        elif self._has_library and steps:
+            if self._counts is None or self._counts.steps is not self._known_steps:
+                self._counts = cpu.StepCounts(self._known_steps)
+            values, alike = self._counts.advance()
         elif steps:
             torch._foreach_add_(steps, [torch.ones(())] * len(steps))  # a number would be made a tensor for each
             values = torch.stack(steps).tolist()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
 from lightning_lamb.kernels import Batch, Kernel, Options, rounding
+from lightning_lamb.optimizers import loss_scaling
 from lightning_lamb.optimizers.choice import kernel_for
 from lightning_lamb.optimizers.gradients import local_gradient
 from lightning_lamb.optimizers.plan import Slot
@@ -168,7 +169,7 @@ def options_of(slot: Slot, optimizer: LayerwiseOptimizer) -> Options:
         norm=slot.norm,
         adapt=slot.adapt,
         maximize=group["maximize"],
-        max_grad_value=group["max_grad_value"],
+        max_grad_value=loss_scaling.bound(optimizer, group),
         differentiable=group["differentiable"],
     )
 

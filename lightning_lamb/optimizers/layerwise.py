@@ -17,7 +17,7 @@ from lightning_lamb import equations
 from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
 from lightning_lamb.errors import LightningLambError, UnknownShardError
 from lightning_lamb.kernels import StepSizes, trust_ratios
-from lightning_lamb.optimizers import choice, gradients, state
+from lightning_lamb.optimizers import choice, gradients, loss_scaling, state
 from lightning_lamb.optimizers.batches import options_of, scales_of
 from lightning_lamb.optimizers.hosted import Host
 from lightning_lamb.optimizers.options import checked, one_limit
@@ -95,7 +95,8 @@ class LayerwiseOptimizer(Optimizer):
         grads = [slot.parameter.grad for slot in plan.slots]
         gradients.check(plan, grads)
         with gradients.completed(plan):
-            self._update_layers(plan, grads)
+            if not self._overflowed(plan):
+                self._update_layers(plan, grads)
 
     @torch.compiler.disable(recursive=False)
     def _update_layers(self, plan: LayerPlan, grads: list[Tensor | None]) -> None:
@@ -164,13 +165,30 @@ class LayerwiseOptimizer(Optimizer):
         return found
 
     def _clip_scale(self) -> Tensor | None:
-        """The coefficient that every gradient is multiplied by, or None without ``max_grad_norm``."""
+        """What every gradient is multiplied by, by ``max_grad_norm`` and against the loss scale; None for nothing."""
         limit = one_limit(self.param_groups)
+        scale = loss_scaling.inverse(self)
         self._grad_norm = None
         if limit is None:
-            return None
-        self._grad_norm = self.global_grad_norm()
-        return equations.clip_coefficient(self._grad_norm, limit)
+            return scale
+        norm = self.global_grad_norm()
+        self._grad_norm = norm if scale is None else norm * scale.to(norm.device)
+        coefficient = equations.clip_coefficient(self._grad_norm, limit)
+        return coefficient if scale is None else coefficient * scale.to(coefficient.device)
+
+    def _overflowed(self, plan: LayerPlan) -> bool:
+        """Whether this step is none, because a `torch.amp.GradScaler` found an infinite gradient, here or elsewhere."""
+        found = loss_scaling.found_overflow(self)
+        if found is None:
+            return False
+        if plan.split:  # the scaler has looked at this rank only; the norm is the same on all
+            return not bool(self.global_grad_norm().isfinite())
+        return found
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tells `torch.amp.GradScaler` not to rewrite gradients: see `loss_scaling`."""
+        return bool(self.defaults.get("fused"))
 
     def _refuse_idle(self, plan: LayerPlan) -> None:
         """Raises where no parameter has ever had a gradient: the model trains other tensors than these."""
@@ -271,7 +289,7 @@ class LayerwiseOptimizer(Optimizer):
         """
         plan = self.plan()
         with gradients.completed(plan):
-            square = gradients.square_norm(plan, [group["max_grad_value"] for group in self.param_groups])
+            square = gradients.square_norm(plan, [loss_scaling.bound(self, group) for group in self.param_groups])
         return torch.zeros(()) if square is None else square.sqrt()
 
     @property

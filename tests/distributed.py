@@ -46,7 +46,7 @@ def run_ranks(
     worker: Callable[..., Any],
     ranks: int,
     *arguments: Any,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
     init_group: bool = True,
     environment: dict[str, str] | None = None,
 ) -> list[Any]:

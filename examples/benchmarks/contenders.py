@@ -29,6 +29,8 @@ SETTINGS: dict[str, Any] = {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-6, "wei
 # knows the ratio only after all of a layer, so it reads m, v, w again to apply: 12 B more, unless the
 # cache still holds them.
 ADAM_BYTES, LAMB_BYTES = 28, 40
+# With moments in bfloat16: w, g, m, v are read (12), m and v written (4), then w, m, v read and w written (12).
+NARROW_BYTES = 28
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Contender:
         build: makes the optimizer from the parameters; raises where it cannot run, and the message is the reason.
         bytes_per_parameter: that the algorithm must move, for the bandwidth column.
         devices: where it can run.
+        shares_state: whether its moments are those of the others; False: it keeps its own, in another dtype.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Contender:
     build: Callable[[list[Tensor]], Optimizer]
     bytes_per_parameter: int = LAMB_BYTES
     devices: tuple[str, ...] = ("cpu", "cuda")
+    shares_state: bool = True
 
     def version(self) -> str | None:
         """The installed version of its package, or None."""
@@ -114,6 +118,13 @@ CONTENDERS = (
     Contender(f"{OURS} eager", "lightning-lamb", partial(_ours, foreach=False)),
     Contender(f"{OURS} foreach", "lightning-lamb", partial(_ours, foreach=True)),
     Contender(f"{OURS} fused", "lightning-lamb", partial(_ours, fused=True)),
+    Contender(
+        f"{OURS} fused, bf16 state",
+        "lightning-lamb",
+        partial(_ours, fused=True, state_dtype="bfloat16"),
+        NARROW_BYTES,
+        shares_state=False,
+    ),
     Contender("timm Lamb", "timm", partial(_timm, foreach=False)),
     Contender("timm Lamb foreach", "timm", partial(_timm, foreach=True)),
     Contender("pytorch_optimizer Lamb", "pytorch_optimizer", _pytorch_optimizer),

@@ -21,8 +21,9 @@ Written by `examples/benchmarks/step_time.py`; do not edit by hand. To repeat it
 What is compared is one `optimizer.step()` on given gradients. Every round times each contender once in an order
 shuffled anew; *ratio* is the time over that of torch's fused AdamW in the same round, as median and middle half of
 {rounds} rounds. All work on the same weights, gradients and moments: fp32, weight decay, one trust ratio per tensor,
-no clipping. *GB/s* are the bytes that the algorithm must move (28 per parameter for Adam, 40 for LAMB, which reads
-moments and weights a second time after the ratio is known) over the time; *of stream* is their share of what plain
+no clipping; only the contender with bf16 state keeps moments of its own. *GB/s* are the bytes that the algorithm must
+move (28 per parameter for Adam, 40 for LAMB, which reads moments and weights a second time after the ratio is known,
+28 again with bf16 state) over the time; *of stream* is their share of what plain
 passes over the same weights reach in the same rounds, the better of a copy (8 bytes) and an in-place addition (12);
 more than 100 % means that the second reading came from the cache. *Peak extra* is the memory of one step on top of
 weights, gradients and state, in percent of the weights, measured in a process of its own

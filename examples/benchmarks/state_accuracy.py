@@ -1,4 +1,4 @@
-"""What moments in bfloat16 cost in accuracy: the same runs with `state_dtype=None` and `"bfloat16"`, over several seeds.
+"""What moments in bfloat16 cost in accuracy: runs with `state_dtype=None` and `"bfloat16"`, over several seeds.
 
     python examples/benchmarks/state_accuracy.py --seeds 10
 

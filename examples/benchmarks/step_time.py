@@ -58,6 +58,8 @@ class SharedModel:
         """Builds a contender and, after its first step, replaces its moments by the shared ones."""
         optimizer = contender.build(list(self.params))
         optimizer.step()
+        if not contender.shares_state:
+            return optimizer
         states = [optimizer.state[param] for param in self.params]
         if self.moments is None:
             self.moments = [{key: state[key] for key in ("exp_avg", "exp_avg_sq")} for state in states]

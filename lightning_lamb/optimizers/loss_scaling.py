@@ -1,4 +1,4 @@
-"""A loss scale that is taken out again on the way: what `torch.amp.GradScaler` leaves to optimizers with ``fused=True``.
+"""A loss scale that is taken out on the way: what `torch.amp.GradScaler` leaves to optimizers with ``fused=True``.
 
 The scaler then does not divide gradients by its scale. It sets two attributes for the duration of ``step()``:
 ``grad_scale`` (None if the user has called ``unscale_``) and ``found_inf``. Kernels multiply gradients anyway, so

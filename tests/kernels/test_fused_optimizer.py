@@ -1,4 +1,4 @@
-"""The fused CPU kernel behind `Lamb` and `Lars`: every option, half precision, loss scales, tensors as learning rates."""
+"""The fused CPU kernel behind `Lamb` and `Lars`: every option, half precision, loss scales, learning-rate tensors."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning_lamb import Lamb, Lars
 from lightning_lamb.kernels import cpu
 
 CASES = [(Lamb, name, LAMB) for name in LAMB] + [(Lars, name, LARS) for name in LARS]
+CLIPPING = [{}, {"max_grad_norm": 0.5}, {"max_grad_value": 0.7}, {"max_grad_value": 0.7, "max_grad_norm": 0.5}]
 
 
 def walk(optimizer_class, dtype, steps=6, **options):
@@ -64,7 +65,7 @@ def loss_of(weight, step):
     return ((weight - 1.0) ** 2 * (1.0 + step)).sum()
 
 
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 0.5}, {"max_grad_value": 0.7}, {"max_grad_value": 0.7, "max_grad_norm": 0.5}], ids=str)  # fmt: skip
+@pytest.mark.parametrize("options", CLIPPING, ids=str)
 @pytest.mark.parametrize("unscale", [False, True])
 def test_a_loss_scale_is_taken_out_on_the_way(options, unscale):
     plain, scaled = (nn.Parameter(torch.tensor([[3.0, -2.0], [0.5, 4.0]])) for _ in range(2))

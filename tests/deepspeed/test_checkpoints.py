@@ -11,6 +11,7 @@ import torch
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
 
+from distributed import RankError
 from zero_setting import (
     GROUPS,
     LR,
@@ -150,6 +151,30 @@ def test_traps_6_and_7_another_number_of_ranks_continues_exactly_with_all_groups
         assert largest_error(resumed[label]["twenty"], expected(label)) <= 2e-6, label
 
 
+def run_other_stage(folder: str) -> dict[str, Any]:
+    """Worker: a converted checkpoint of stage 2 loaded at stages 1 and 3."""
+    found: dict[str, Any] = {}
+    for stage in (1, 3):
+        engine = engine_of({"stage": stage, "dtype": "bf16"}, universal=True)
+        try:
+            engine.load_checkpoint(f"{folder}/stage 2, bfloat16")
+            train(engine, range(10, 20))
+            found[f"stage {stage}"] = full_precision(engine)
+        except Exception as error:  # noqa: BLE001 - that there is one is the result
+            found[f"stage {stage}"] = type(error).__name__
+        engine.destroy()
+    return found
+
+
+@pytest.mark.slow
+def test_stages_1_and_2_load_each_others_checkpoints_and_stage_3_does_not(saved, converted):
+    if "stage 2, bfloat16" not in saved[1]:
+        pytest.skip("the checkpoint is in the other set")
+    found = on_ranks(run_other_stage, 2, str(converted))[0]
+    assert largest_error(found["stage 1"], expected("stage 2, bfloat16")) <= 2e-6
+    assert isinstance(found["stage 3"], str), "stage 3 loaded it: the page says that it cannot"
+
+
 @pytest.mark.slow
 def test_an_unconverted_checkpoint_of_other_ranks_is_never_loaded(saved):
     """DeepSpeed says so, or `Lamb`; under Lightning the strategy does."""
@@ -183,6 +208,29 @@ def test_weights_export_to_a_plain_float32_state_dict(saved, converted):
         assert largest_error(weights, whole[label]["ten"]) == 0.0, label
         assert all(weight.dtype == torch.float32 for name, weight in state.items() if name.endswith(".w"))
         assert torch.equal(state["tied.w"], state["layers.emb.w"])
+
+
+def run_tiny_group(folder: str, universal: bool) -> None:
+    """Worker: saves a group of 3 elements at stage 2, or loads it."""
+    model = Layers()
+    optimizer = lightning_lamb.Lamb(GROUPS["three"](model), lr=LR)
+    extra = {"checkpoint": {"load_universal": True}} if universal else {}
+    engine = made_engine(model, ds_config(2, **extra), optimizer=optimizer)
+    if universal:
+        engine.load_checkpoint(folder)
+    else:
+        train(engine, range(2))
+        engine.save_checkpoint(folder, tag="two")
+    engine.destroy()
+
+
+@pytest.mark.slow
+def test_a_group_of_which_a_rank_has_nothing_is_not_loaded_which_is_deepspeeds_limit(tmp_path):
+    on_ranks(run_tiny_group, 2, str(tmp_path / "saved"), False)
+    to_universal(tmp_path / "saved", tmp_path / "universal")
+    on_ranks(run_tiny_group, 2, str(tmp_path / "universal"), True)
+    with pytest.raises(RankError, match="IndexError"):
+        on_ranks(run_tiny_group, 4, str(tmp_path / "universal"), True)
 
 
 def run_round_robin(folder: str) -> None:

@@ -118,6 +118,22 @@ def test_what_cannot_be_exact_is_refused_on_every_rank_before_the_first_update()
                 assert part in message, f"{case} at stage {stage}: {message}"
 
 
+def run_without_import() -> str:
+    model = Layers()
+    config = ds_config(2, optimizer={"type": "LightningLamb", "params": {"lr": LR}})
+    assert "lightning_lamb.deepspeed" not in sys.modules
+    try:
+        made_engine(model, config, model_parameters=[p for _, p in named(model)])
+    except AssertionError as error:
+        return str(error)
+    return "no error"
+
+
+def test_our_name_means_nothing_to_deepspeed_without_the_import():
+    (message,) = on_ranks(run_without_import, 1)
+    assert "LightningLamb is not a supported DeepSpeed Optimizer" in message
+
+
 def test_a_flat_tensor_that_deepspeed_did_not_make_is_an_error_not_a_layer(monkeypatch):
     """Somebody swaps parameters while DeepSpeed is loaded, in a layout that nobody knows."""
     monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(__version__="9.9"))

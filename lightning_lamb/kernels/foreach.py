@@ -17,7 +17,7 @@ from lightning_lamb import equations
 from lightning_lamb.equations import Bounds, Coefficients, Scalar
 from lightning_lamb.kernels import eager, masters
 from lightning_lamb.kernels.batch import Batch, Norms, StepSizes
-from lightning_lamb.kernels.statistics import combined, flattened, statistics
+from lightning_lamb.kernels.statistics import combined, flattened, in_range, statistics
 from lightning_lamb.kernels.trust_ratios import step_in_two_calls
 
 TILE = 1 << 18
@@ -33,8 +33,13 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     weight_statistics, update_statistics, updates, factors = [], [], [], []
     for index in range(len(batch.weights)):
         part = _one(batch, index)
-        tiles = _tiles(part) if index in large else None
-        found = _direction(part) if tiles is None else _tiled_direction(part, tiles)
+        flats = _flats(part) if index in large else None
+        if flats is None:
+            found = _direction(part)
+        elif _is_default(part):
+            found = _default_direction(part, flats)
+        else:
+            found = _tiled_direction(part, _tiles(part, flats))
         weight_statistics.append(found[0])
         update_statistics.append(found[1])
         updates += part.updates or []
@@ -117,15 +122,64 @@ def _tiled_direction(batch: Batch, tiles: list[Batch]) -> tuple[Tensor, Tensor]:
     return weights.reshape(1), updates.reshape(1)
 
 
-def _tiles(batch: Batch) -> list[Batch] | None:
-    """A batch per tile of the batch's one layer; None if its tensors are not dense in the same order."""
+def _is_default(batch: Batch) -> bool:
+    """Whether this is the paper's update of gradients that need no preparation."""
+    options, weight, grad = batch.options, batch.weights[0], batch.grads[0]
+    return (
+        options.base == "adam"
+        and options.norm == "l2"
+        and not options.maximize
+        and options.max_grad_value is None
+        and batch.grad_scale is None
+        and weight.dtype == grad.dtype == torch.float32
+        and _plain_and_alike(batch.coefficients)
+        and not torch.compiler.is_compiling()
+    )
+
+
+def _default_direction(batch: Batch, flats: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """`direction` of one large layer where `_is_default`: `_direction`, without lists and batches of tiles."""
+    options, factor = batch.options, _common_factor(batch)
+    beta2, shift = _scalar(options.beta2, batch), options.eps / float(batch.coefficients[0].moment2) ** 0.5
+    update = torch.empty_like(batch.weights[0])
+    target = flattened(update)
+    assert target is not None, "empty_like of a dense tensor is dense"
+    cuts = [flat.split(TILE) for flat in (*flats, target)]
+    square = torch.empty_like(cuts[0][0])
+    sums = []
+    for weight, grad, moment1, moment2, out in zip(*cuts):
+        moment1.lerp_(grad, 1 - options.beta1)
+        moment2.mul_(beta2).addcmul_(grad, grad, value=1 - options.beta2)
+        torch.sqrt(moment2, out=out).add_(shift)
+        torch.div(moment1, out, out=out)
+        if options.weight_decay != 0:
+            out.add_(weight, alpha=options.weight_decay / factor)
+        if options.adapt:
+            room = square[: weight.numel()]
+            sums += [torch.mul(weight, weight, out=room).sum(), torch.mul(out, out, out=room).sum()]
+    batch.updates = [update]
+    if not options.adapt:
+        return eager.no_statistics(batch)
+    found = torch.stack(sums).double().view(-1, 2)
+    totals = [
+        values.sum() if in_range(values) else equations.norm_statistic(tensor, "l2")
+        for values, tensor in zip(found.unbind(1), (batch.weights[0], update))
+    ]
+    return totals[0].reshape(1), totals[1].reshape(1) * factor**2
+
+
+def _flats(batch: Batch) -> list[Tensor] | None:
+    """Weight, gradient and moments of the batch's one layer in memory order; None if that is not the same for all."""
     tensors = [*batch.weights, *batch.grads, *batch.moments1, *batch.moments2]
     if any(tensor.stride() != tensors[0].stride() for tensor in tensors):
         return None
-    flats = [flattened(tensor) for tensor in tensors]
-    cuts = [flat.split(TILE) for flat in flats if flat is not None]
-    if len(cuts) < len(tensors):
-        return None
+    flats = [flat for flat in map(flattened, tensors) if flat is not None]
+    return flats if len(flats) == len(tensors) else None
+
+
+def _tiles(batch: Batch, flats: list[Tensor]) -> list[Batch]:
+    """A batch per tile of the batch's one layer."""
+    cuts = [flat.split(TILE) for flat in flats]
     has_second = bool(batch.moments2)
     return [
         Batch(batch.options, [w], [g], [m], rest[:1] if has_second else [], batch.coefficients, batch.grad_scale)

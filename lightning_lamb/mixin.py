@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lamb.callbacks.conflicts import refuse_double_clipping
+from lightning_lamb.callbacks.conflicts import refuse_double_clipping, refuse_hybrid_resume
 from lightning_lamb.callbacks.gradients import clip_by_norm, clip_by_value
 from lightning_lamb.callbacks.large_batch import large_batch_of
 from lightning_lamb.callbacks.state_names import name_optimizer_states
@@ -19,6 +19,7 @@ from lightning_lamb.lightning_seams import (
     attached_trainer,
     inner_optimizer,
     is_deepspeed,
+    is_fitting,
     module_that_knows,
     total_optimizer_steps,
 )
@@ -125,6 +126,20 @@ class LambMixin:
         trainer = attached_trainer(self)  # type: ignore[arg-type]
         if trainer is not None:
             name_optimizer_states(trainer, self, checkpoint)  # type: ignore[arg-type]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses the one layout whose optimizer state torch restores wrongly; call it if you override it.
+
+        Args:
+            checkpoint: as it was saved.
+
+        Raises:
+            ConflictError: FSDP1's HYBRID_SHARD and a sharded checkpoint.
+        """
+        super().on_load_checkpoint(checkpoint)  # type: ignore[misc]
+        trainer = attached_trainer(self)  # type: ignore[arg-type]
+        if trainer is not None and is_fitting(trainer):
+            refuse_hybrid_resume(trainer.strategy)
 
     # ---- clipping
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from lightning_lamb.callbacks.conflicts import refuse_hybrid_resume
 from lightning_lamb.errors import ConflictError, UnknownShardError
 from lightning_lamb.lightning_seams import load_lightning
 from lightning_lamb.sharding.annotate import annotate
@@ -83,3 +84,13 @@ class CPUFSDPStrategy(FSDPStrategy):
         model = super()._setup_model(model)
         annotate(model)
         return model
+
+    def load_checkpoint(self, checkpoint_path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loads a checkpoint.
+
+        Raises:
+            ConflictError: HYBRID_SHARD, with an optimizer whose state torch would restore wrongly.
+        """
+        if self.optimizers:
+            refuse_hybrid_resume(self)
+        return super().load_checkpoint(checkpoint_path, *args, **kwargs)

@@ -1,4 +1,4 @@
-"""What LargeBatch and LambMixin refuse to run beside, because both would do the same thing."""
+"""What LargeBatch and LambMixin refuse: what would do the same thing twice, and one resume that goes wrong silently."""
 
 from __future__ import annotations
 
@@ -64,3 +64,23 @@ def refuse_double_clipping(trainer: Trainer, optimizers: Iterable[Optimizer]) ->
                     f"{type(inner_optimizer(optimizer)).__name__}({option}={group[option]}). Remove one; the "
                     "optimizer's is exact under every sharding."
                 )
+
+
+def refuse_hybrid_resume(strategy: Any) -> None:
+    """Refuses to continue from a sharded FSDP1 checkpoint under HYBRID_SHARD, where torch restores wrong moments.
+
+    Measured with torch 2.13: after loading, weights are those that were saved, moments are not, AdamW's neither.
+
+    Args:
+        strategy: the Trainer's, which is about to load or has loaded a checkpoint to train on.
+
+    Raises:
+        ConflictError: it is one of FSDP1 with HYBRID_SHARD and sharded checkpoints.
+    """
+    sharding = getattr(getattr(strategy, "sharding_strategy", None), "name", "")
+    if "HYBRID" in sharding and getattr(strategy, "_state_dict_type", None) == "sharded":
+        raise ConflictError(
+            f"{type(strategy).__name__} with {sharding}: torch restores wrong optimizer state from a sharded "
+            "checkpoint there, for every optimizer. Continue with FULL_SHARD (it reads the same checkpoint), with "
+            'FSDP2 on a 2-D mesh, or, on GPUs, save with state_dict_type="full".'
+        )

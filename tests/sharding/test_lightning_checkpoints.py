@@ -55,7 +55,6 @@ def same_ranks() -> list[Any]:
         ("fsdp2", 2, ""),
         ("fsdp2", 2, "bf16-true"),
         ("tp", 2, ""),
-        ("fsdp1_hybrid", 4, ""),
         ("hsdp", 4, "bf16-true"),
         ("fsdp2_tp", 4, ""),
     ]:
@@ -79,6 +78,7 @@ def other_ranks() -> list[Any]:
             ("zero1", 2, False, "zero1", 4, False),
             ("zero1", 2, False, "single", 1, False),
             ("fsdp1", 2, False, "fsdp1", 4, False),
+            ("fsdp1_hybrid", 4, False, "fsdp1", 4, False),
             ("fsdp2", 2, False, "fsdp2", 4, True),
             ("fsdp2", 2, False, "hsdp", 4, False),
             ("fsdp2", 2, False, "fsdp2_tp", 4, False),
@@ -130,8 +130,8 @@ def continued(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def whole_masters(job: Job, results: list[Result], step: int) -> dict[str, Tensor]:
     """Flat masters of whole layers; slices lie in the order of ranks."""
-    cut = job.layout in ("zero1", "fsdp1")
-    parts = [result.masters[step] for result in (results if cut else results[:1])]
+    ranks = {"zero1": job.ranks, "fsdp1": job.ranks, "fsdp1_hybrid": 2}.get(job.layout, 1)
+    parts = [result.masters[step] for result in results[:ranks]]
     names = dict.fromkeys(name for part in parts for name in part)
     return {name: torch.cat([part[name].flatten() for part in parts if name in part]) for name in names}
 
@@ -145,6 +145,16 @@ def test_on_the_same_ranks_a_run_continues_bitwise(jobs, continued):
         assert after.rates == before.rates[end.resume[1] :]
         assert after.local.keys() == before.local.keys()
         assert [name for name, value in before.local.items() if not torch.equal(value, after.local[name])] == []
+
+
+@pytest.mark.slow
+@pytest.mark.shows(TITLES["fsdp1_hybrid"], "checkpoint, same ranks", "refused")
+@pytest.mark.parametrize(
+    "jobs", [(source("fsdp1_hybrid", 4), target(source("fsdp1_hybrid", 4), MIDDLE, "fsdp1_hybrid", 4))], ids=["4 ranks"]
+)
+def test_hybrid_fsdp1_would_continue_with_wrong_moments_and_is_refused(jobs, continued):
+    for result in continued[jobs[1]]:
+        assert "ConflictError: CPUFSDPStrategy with HYBRID_SHARD: torch restores wrong" in result.failure
 
 
 @pytest.mark.parametrize("jobs", other_ranks())

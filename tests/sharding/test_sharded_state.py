@@ -136,7 +136,7 @@ def test_loaded_state_does_not_keep_the_whole_in_memory(monkeypatch):
     assert {index: float(entry["step"]) for index, entry in saved["state"]["state"].items()} == before
 
 
-@pytest.mark.shows("DDP, ShardedStateOptimizer (ZeRO-1)", "checkpoint, same ranks")
+@pytest.mark.shows("DDP, ShardedStateOptimizer (ZeRO-1)", "checkpoint, same ranks", "bitwise")
 def test_resuming_on_the_same_ranks_is_bitwise(on_two):
     uninterrupted = run_ranks(train, 2, True, 0, 2 * HALF)
     resumed = run_ranks(train, 2, True, HALF, 2 * HALF, on_two[0])
@@ -145,7 +145,7 @@ def test_resuming_on_the_same_ranks_is_bitwise(on_two):
         assert_identical(got["state"], expected["state"])
 
 
-@pytest.mark.shows("DDP, ShardedStateOptimizer (ZeRO-1)", "checkpoint, other ranks")
+@pytest.mark.shows("DDP, ShardedStateOptimizer (ZeRO-1)", "checkpoint, other ranks", "exact")
 def test_resuming_elsewhere_continues_the_same_training(alone, on_two):
     assert_same_training(train(False, HALF, 2 * HALF, on_two[0]), alone["whole"])  # 2 ranks to plain Lamb
     assert_same_training(train(True, HALF, 2 * HALF, on_two[0]), alone["whole"])  # to one rank

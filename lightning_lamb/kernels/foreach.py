@@ -23,6 +23,9 @@ from lightning_lamb.kernels.trust_ratios import step_in_two_calls
 TILE = 1 << 18
 """Elements of a tile. Five float32 tiles of 1 MiB stay in a shared cache; smaller ones lose more to thread start-up."""
 
+TINY_DECAY = 1e-9
+"""Up to here an update over the decay might overflow."""
+
 
 def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     """See `kernels.batch.Kernel.direction`. For moments in full precision."""
@@ -43,7 +46,7 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
         weight_statistics.append(found[0])
         update_statistics.append(found[1])
         updates += part.updates or []
-        factors.append(_common_factor(part))
+        factors += part.factors or [_common_factor(part)]
     batch.updates, batch.factors = updates, factors
     return torch.cat(weight_statistics), torch.cat(update_statistics)
 
@@ -99,7 +102,7 @@ def _direction(batch: Batch) -> tuple[Tensor, Tensor]:
         batch.updates = list(batch.moments1)
     if not options.adapt:
         return eager.no_statistics(batch)
-    norm, factor = options.norm, _common_factor(batch)
+    norm, factor = options.norm, batch.factors[0] if batch.factors else _common_factor(batch)
     return statistics(batch.weights, norm), statistics(batch.updates, norm) * (factor**2 if norm == "l2" else factor)
 
 
@@ -243,10 +246,10 @@ def _adam_updates(batch: Batch, grads: list[Tensor]) -> list[Tensor]:
             torch.sqrt(moment2, out=target)
     shift = _scalar(eps / float(at[0].moment2) ** 0.5, batch)
     torch._foreach_add_(targets, [shift] * len(targets) if isinstance(shift, Tensor) else shift)
-    if weight_decay != 0 and batch.updates is None:
-        updates = list(torch._foreach_mul(batch.weights, _scalar(weight_decay / factor, batch)))
-        torch._foreach_addcdiv_(updates, batch.moments1, targets)
-        return updates
+    if weight_decay > TINY_DECAY and batch.updates is None:
+        # One call instead of two: u = decay*(w + k/decay*m/(sqrt(v) + ...)), with decay as the factor that is left.
+        batch.factors = [weight_decay] * len(targets)
+        return list(torch._foreach_addcdiv(batch.weights, batch.moments1, targets, value=factor / weight_decay))
     for target, moment1 in zip(targets, batch.moments1):
         torch.div(moment1, target, out=target)
     if weight_decay != 0:

@@ -19,6 +19,7 @@ sys.path.insert(0, str(BENCHMARKS))
 import contenders  # noqa: E402
 import report  # noqa: E402
 import shapes  # noqa: E402
+import sharded_report  # noqa: E402
 from lightning_lamb import Lamb  # noqa: E402
 
 
@@ -72,6 +73,17 @@ def test_the_benchmark_runs_and_writes_its_numbers(tmp_path: Path):
 def test_the_benchmark_page_is_what_its_json_says():
     results = json.loads((ROOT / "docs" / "benchmarks.json").read_text())
     assert (ROOT / "docs" / "benchmarks.md").read_text() == report.page(results)
+
+
+def test_the_sharded_benchmark_runs_and_its_page_is_what_its_json_says(tmp_path: Path):
+    options = ["--shapes", "3*10x10", "--ranks", "2", "--rounds", "2"]
+    run(str(BENCHMARKS / "sharded_step.py"), *options, "--json", str(tmp_path / "b.json"))
+    (model,) = json.loads((tmp_path / "b.json").read_text())["models"]
+    assert model["seconds"][sharded_report.TIMM]["median"] > 0
+    assert model["seconds"][sharded_report.ALONE]["median"] > 0
+    assert model["state_bytes"][sharded_report.OURS] < model["state_bytes"][sharded_report.WHOLE]
+    results = json.loads((ROOT / "docs" / "sharded_benchmarks.json").read_text())
+    assert (ROOT / "docs" / "sharded_benchmarks.md").read_text() == sharded_report.page(results)
 
 
 def test_sharded_training_drifts_as_the_figure_shows(tmp_path: Path):

@@ -2,21 +2,51 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sharding import claims_table
 from sharding.lightning_jobs import Job, Result, run_jobs
 from sharding.runs import Case, Outcome, run_cases
 
 from tests.distributed import run_ranks
 
 SECONDS_PER_CASE = 6.0
+PASSED = pytest.StashKey[set[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--sharding-table", help="write the table of layout x feature into this page (see claims_table.py)"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "shows(layout, feature, verdict): what a passing test proves, for the table in docs/sharding.md"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Any:
+    report = yield
+    if report.when == "call" and report.passed:
+        item.session.config.stash.setdefault(PASSED, set()).add(item.nodeid)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--sharding-table")
+    if path is None:
+        return
+    marked = [(item, mark) for item in session.items for mark in item.iter_markers("shows")]
+    if not session.config.getoption("collectonly"):
+        failed = {item.nodeid for item, _ in marked} - session.config.stash.get(PASSED, set())
+        if failed:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+            return
+    claims_table.write(Path(path), [mark.args for _, mark in marked])
 
 
 class Outcomes:

@@ -29,8 +29,12 @@ install -e ".[$extra]"
 if [ "$extra" = test ]; then
   # Peers' LAMBs, compared with ours. Without their dependencies: timm's torchvision would replace or break torch.
   install --no-deps timm pytorch_optimizer torch_optimizer pytorch-ranger
+  # torch for CUDA brings its own. Without a GPU, Triton's interpreter runs the CUDA kernel in the tests.
+  if [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ]; then
+    "$venv/bin/python" -c 'import triton' 2>/dev/null || install 'triton>=3.5,<4'
+  fi
   if [ -d tests/deepspeed ]; then
-    DS_BUILD_OPS=0 install --no-build-isolation "deepspeed>=0.19,<0.20"
+    DS_BUILD_OPS=0 install --no-build-isolation "deepspeed>=0.19.8,<0.20"
   fi
 fi
 echo "$wanted" > "$stamp"

@@ -10,7 +10,7 @@ import torch
 
 from lightning_lamb.kernels import cpu, cpu_library, eager, foreach
 
-WITHOUT_TRITON = "triton is not installed (it comes with torch's CUDA builds, and with the extra 'test' on Linux)"
+WITHOUT_TRITON = "triton is not installed (it comes with torch's CUDA builds; tests/run.sh installs it on Linux)"
 
 
 def triton_kernel() -> Any:

@@ -30,7 +30,7 @@ COMPILERS = ("cc", "gcc", "clang")
 # Not -ffast-math: NaN and infinity must come out as they do in the equations.
 MATH = ("-O3", "-std=gnu11", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math")
 FLAGS = (*MATH, "-fvisibility=hidden", "-shared", "-fPIC", "-w")
-LIBRARIES = ("-lpthread", "-lm")
+LIBRARIES = ("-lpthread", "-lm", "-ldl")
 THIS_PROCESSOR = (("-march=native",), ("-mcpu=native",), ())
 """Compilers know one of the first two; the third makes a library for any processor of this kind, and a slower one."""
 DIGEST_BYTES = 32

@@ -10,6 +10,8 @@
  *
  * Norms do not depend on the number of threads: they are sums in double over tiles of fixed size, added in their order.
  */
+#define _GNU_SOURCE                 /* RTLD_DEFAULT */
+#include <dlfcn.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
@@ -389,19 +391,37 @@ static int prepare(Work *work, const Job *job, double **parts) {
     return 0;
 }
 
+static void join_team(void *work) { take_tasks(work); }
+
+/* libgomp's, which torch brings and uses, or NULL. After a parallel operation of torch its threads spin for some
+ * milliseconds, waiting for the next one, and threads of our own would share the cores with them: twice the time. */
+typedef void (*Team)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
+static Team team_of_torch(void) {
+    Team team;
+    *(void **)&team = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    return team;
+}
+
+static void run_threads(Work *work, int64_t wanted) {
+    pthread_t threads[MOST_THREADS];
+    int64_t started = 0;
+    /* Whoever does not start is not missed: tasks go to the threads that are there, this one included. */
+    while (started + 1 < wanted && !pthread_create(&threads[started], NULL, take_tasks, work)) started++;
+    take_tasks(work);
+    for (int64_t index = 0; index < started; index++) pthread_join(threads[index], NULL);
+}
+
 /* Does what `job` says with at most job->threads threads. Returns 0, or -1 if there was no memory (nothing is done). */
 EXPORT int32_t lamb_run(const Job *job) {
     Work work = {0};
     double *parts = NULL;
     const int32_t failed = prepare(&work, job, &parts);
     if (!failed) {
-        pthread_t threads[MOST_THREADS];
-        int64_t started = 0, wanted = job->threads < work.count ? job->threads : work.count;
+        int64_t wanted = job->threads < work.count ? job->threads : work.count;
         if (wanted > MOST_THREADS) wanted = MOST_THREADS;
-        /* Whoever does not start is not missed: tasks go to the threads that are there, this one included. */
-        while (started + 1 < wanted && !pthread_create(&threads[started], NULL, take_tasks, &work)) started++;
-        take_tasks(&work);
-        for (int64_t index = 0; index < started; index++) pthread_join(threads[index], NULL);
+        const Team team = wanted > 1 ? team_of_torch() : NULL;
+        if (team) team(join_team, &work, (unsigned)wanted, 0);
+        else run_threads(&work, wanted);
     }
     free(work.tasks);
     free(work.shared);

@@ -72,7 +72,9 @@ def test_the_adamw_of_the_study_is_adam_without_bias_correction():
     optimizer = mnist_protocol.optimizer_named("AdamW", [("weight", parameter)], 1e-3)
     parameter.grad = torch.full_like(parameter, 2.0)
     optimizer.step()  # m = 0.2, v = 0.004
-    torch.testing.assert_close(parameter.detach(), torch.full((4, 3), -1e-3 * 0.2 / (0.004**0.5 + 1e-6)), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        parameter.detach(), torch.full((4, 3), -1e-3 * 0.2 / (0.004**0.5 + 1e-6)), rtol=1e-5, atol=0
+    )
 
 
 @pytest.mark.parametrize("optimizer", mnist_protocol.OPTIMIZERS)

@@ -100,14 +100,14 @@ LAMB_OPTIONS = [  # one dict of further Lamb options each, in one spawn
 
 
 def poison_padding(engine: Any) -> None:
-    """Writes 1e4 where ZeRO 3 leaves uninitialised memory: behind the last rank's part of a parameter."""
+    """Writes NaN where ZeRO 3 leaves uninitialised memory: behind the last rank's part of a parameter."""
     for parameter in engine.module.parameters():
         if not parameter.requires_grad:
             continue
         stage3 = parameter._z3_optimizer
         index, start, part = stage3.grad_position[stage3.get_param_id(parameter)]
         real = max(0, min(part, parameter.ds_numel - torch.distributed.get_rank() * part))
-        stage3.fp32_partitioned_groups_flat[index].data[start + real : start + part] = 1e4
+        stage3.fp32_partitioned_groups_flat[index].data[start + real : start + part] = float("nan")
 
 
 def run_cases(cases: list[dict[str, Any]]) -> list[dict[str, np.ndarray]]:

@@ -7,8 +7,9 @@ Every function returns the value it was given (as ``int`` or ``float``) or raise
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -95,6 +96,34 @@ def one_of(option: str, value: Any, choices: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in names:
         raise InvalidOptionError(f"{option}={value!r} is not one of: {', '.join(names)}.{did_you_mean(value, names)}")
     return value
+
+
+def options_of_call(option: str, given: Mapping[str, Any], call: Callable[..., Any]) -> dict[str, Any]:
+    """Check keyword arguments against the signature of what will take them; the message names the nearest one.
+
+    Args:
+        option: The name of the mapping, for the message.
+        given: Argument names and values.
+        call: A class or function, whose first argument is not among them. If it takes any keyword, all are fine.
+
+    Raises:
+        InvalidOptionError: ``given`` is no mapping, or ``call`` has no argument of one of its names.
+
+    Example:
+        >>> options_of_call("lamb_options", {"weight_decai": 0.1}, lambda params, lr, weight_decay: None)
+        Traceback (most recent call last):
+        lightning_lamb.errors.InvalidOptionError: lamb_options: unknown key 'weight_decai'. Did you mean 'weight_decay'? Known: lr, weight_decay.
+    """  # noqa: E501  # a doctest's expected message cannot be wrapped
+    if not isinstance(given, Mapping):
+        raise InvalidOptionError(f"{option}={given!r} must be a dict of option names and values.")
+    arguments = list(inspect.signature(call).parameters.values())
+    known = [argument.name for argument in arguments[1:] if argument.kind is not argument.VAR_KEYWORD]
+    if len(known) == len(arguments[1:]):
+        for key in given:
+            if key not in known:
+                message = f"{option}: unknown key {key!r}.{did_you_mean(key, known)} Known: {', '.join(known)}."
+                raise InvalidOptionError(message)
+    return dict(given)
 
 
 def did_you_mean(name: Any, names: Iterable[str]) -> str:

@@ -14,7 +14,8 @@ from lightning_lamb.callbacks.gradients import clip_by_norm, clip_by_value
 from lightning_lamb.callbacks.large_batch import large_batch_of
 from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.windows import report_count
-from lightning_lamb.errors import ConflictError
+from lightning_lamb.checks import options_of_call
+from lightning_lamb.errors import ConflictError, InvalidOptionError
 from lightning_lamb.lightning_seams import (
     attached_trainer,
     inner_optimizer,
@@ -97,10 +98,13 @@ class LambMixin:
 
         Raises:
             ConflictError: gradients would be clipped by the Trainer and by the optimizer.
+            InvalidOptionError: an attribute is not what it should be, or names an option that does not exist.
         """
         trainer = attached_trainer(self)  # type: ignore[arg-type]
+        if not callable(self.lamb_optimizer):
+            raise InvalidOptionError(f"lamb_optimizer={self.lamb_optimizer!r} must be the class itself: Lamb or Lars.")
         annotate(module_that_knows(trainer, self))  # type: ignore[arg-type]
-        options = {"lr": self.lamb_lr, **self.lamb_options}
+        options = {"lr": self.lamb_lr, **options_of_call("lamb_options", self.lamb_options, self.lamb_optimizer)}
         optimizer: Optimizer
         if self.lamb_shard_optimizer_state:
             optimizer = ShardedStateOptimizer(self.lamb_param_groups(), self.lamb_optimizer, **options)
@@ -110,7 +114,7 @@ class LambMixin:
             refuse_double_clipping(trainer, [optimizer])
         if self.lamb_schedule is None:
             return optimizer
-        scheduler = StagedWarmup(optimizer, **self.lamb_schedule)
+        scheduler = StagedWarmup(optimizer, **options_of_call("lamb_schedule", self.lamb_schedule, StagedWarmup))
         scheduler.follow_optimizer()
         if scheduler.total_steps is None and trainer is not None and large_batch_of(trainer) is None:
             scheduler.set_total_steps(total_optimizer_steps(trainer))  # LargeBatch does it itself, and adds its warm-up

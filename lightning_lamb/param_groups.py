@@ -58,7 +58,8 @@ def lamb_param_groups(
         shape rule has been applied.
 
     Raises:
-        InvalidOptionError: a pattern or type that matches nothing, or is no regular expression; types without a module.
+        InvalidOptionError: a pattern or type that matches nothing, or is no regular expression; types without a
+            module; rules that are no GroupRules.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     >>> for group in lamb_param_groups(model):
@@ -66,7 +67,9 @@ def lamb_param_groups(
     ['0.weight'] 0.01 True
     ['0.bias', '1.weight', '1.bias'] 0.0 False
     """
-    rules = rules or GroupRules()
+    rules = GroupRules() if rules is None else rules
+    if not isinstance(rules, GroupRules):
+        raise InvalidOptionError(f"rules={rules!r} must be GroupRules(...), not a {type(rules).__name__}.")
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
     named = [(clean(name), parameter) for name, parameter in named if parameter.requires_grad]
     no_decay = _matching(model, named, rules.no_decay_names, rules.no_decay_types, "no_decay")

@@ -87,10 +87,26 @@ def test_large_batch_scales_the_mixins_rate_and_adds_its_warm_up() -> None:
 def test_an_option_that_does_not_exist_is_named() -> None:
     module = Model()
     module.lamb_options = {"weight_decai": 0.1}
-    with pytest.raises(TypeError, match="weight_decai"):
+    with pytest.raises(InvalidOptionError, match=r"lamb_options: unknown key 'weight_decai'.*'weight_decay'"):
         fit(module)
     module.lamb_options = {"weight_decay": -1.0}
     with pytest.raises(InvalidOptionError, match="weight_decay"):
+        fit(module)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "message"),
+    [
+        ("lamb_schedule", {"warmup_fractions": 0.1}, "lamb_schedule: unknown key 'warmup_fractions'.*warmup_fraction'"),
+        ("lamb_schedule", 0.1, "lamb_schedule=0.1 must be a dict"),
+        ("lamb_group_rules", {"no_decay_names": ["x"]}, r"must be GroupRules\(...\), not a dict"),
+        ("lamb_optimizer", "Lamb", "lamb_optimizer='Lamb' must be the class itself"),
+    ],
+)
+def test_an_attribute_that_means_nothing_is_refused_by_name(attribute: str, value: Any, message: str) -> None:
+    module = Model()
+    setattr(module, attribute, value)
+    with pytest.raises(InvalidOptionError, match=message):
         fit(module)
 
 

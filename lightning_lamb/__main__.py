@@ -196,7 +196,7 @@ def _count(text: str) -> int:
     except (ValueError, OverflowError):
         whole, number = 0, 1
     if whole != number:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count. Write a whole number, such as 1281167, 336M or 1.5B.")
+        raise argparse.ArgumentTypeError(f"{text!r} is no count. Write a whole number, such as 1281167, 336M or 1.5B")
     return whole
 
 

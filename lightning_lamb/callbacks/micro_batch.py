@@ -63,7 +63,8 @@ def refuse_other_micro_batch(trainer: Trainer, micro_batch_size: int) -> None:
         if size is not None and size != micro_batch_size:
             raise BatchSizeError(
                 f"LargeBatch planned with micro_batch_size={micro_batch_size}, but the training dataloader gives "
-                f"batches of {size}: the global batch would be wrong by {size / micro_batch_size:g}. Make them equal."
+                f"batches of {size}: the global batch would be {size / micro_batch_size:g} times "
+                "what was asked for. Make them equal."
             )
 
 

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_lamb.checks import finite_number, one_of, whole_number
 from lightning_lamb.errors import InvalidOptionError, PlanError
-from lightning_lamb.recipes import RECIPES, Recipe, recipe_named
+from lightning_lamb.recipes import recipe_named
 from lightning_lamb.scaling import scaled_lr, scaled_warmup_fraction
 from lightning_lamb.scaling import warmup_steps as steps_of_fraction
 
@@ -143,7 +143,7 @@ class BatchRules:
         """
         scaling = None if lr_scaling is None else cast("LRScaling", lr_scaling)
         if recipe is not None:
-            anchor = _one_stage(recipe_named(recipe))
+            anchor = recipe_named(recipe)
             global_batch_size = anchor.stages[0].global_batch_size if global_batch_size is None else global_batch_size
             base_batch_size = anchor.base_batch_size if base_batch_size is None else base_batch_size
             base_lr = anchor.base_lr if base_lr is None else base_lr
@@ -152,18 +152,6 @@ class BatchRules:
                 warmup_fraction = anchor.warmup_fraction
         if global_batch_size is None:
             raise InvalidOptionError(
-                "LargeBatch needs global_batch_size, the samples per optimizer step over all ranks, or a recipe."
+                "LargeBatch needs global_batch_size (samples per optimizer step over all ranks), stages or a recipe."
             )
         return cls(global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, scaling or "sqrt")
-
-
-def _one_stage(recipe: Recipe) -> Recipe:
-    """Refuses a recipe whose batch or schedule changes during the training."""
-    batches = {stage.global_batch_size for stage in recipe.stages}
-    if len(batches) > 1 or any(stage.restarts_schedule for stage in recipe.stages[1:]):
-        single = ", ".join(name for name, other in RECIPES.items() if len(other.stages) == 1)
-        raise InvalidOptionError(
-            f"recipe={recipe.name!r} changes its batch during the training ({len(recipe.stages)} stages), and one "
-            f"LargeBatch trains with one. Train the stages one after the other, or use one of: {single}."
-        )
-    return recipe

@@ -25,7 +25,7 @@ from tests.lightning.toys import (
     weights,
 )
 
-TOLERANCE = 1e-6  # what issue 2 asks for; float64 gives about 1e-15, so a wrong weight cannot hide in it
+TOLERANCE = 1e-6  # float64 gives about 1e-15, so a wrong weight cannot hide in it
 
 
 def train_regression(global_batch: int, micro_batch: int, samples: int = 30, **options: Any) -> Regression:

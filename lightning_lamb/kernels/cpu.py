@@ -22,6 +22,7 @@ from lightning_lamb.equations import Bounds, Coefficients, Scalar
 from lightning_lamb.kernels.aligned import aligned, pointers_to
 from lightning_lamb.kernels.batch import Batch, Norms
 from lightning_lamb.kernels.cpu_library import library
+from lightning_lamb.uncompiled import uncompiled
 
 TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 NO_COPY = 4
@@ -57,7 +58,7 @@ def suits(parameters: Iterable[Tensor]) -> bool:
     )
 
 
-@torch.compiler.disable
+@uncompiled
 def step(
     batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds
 ) -> Norms | None:
@@ -70,7 +71,7 @@ def step(
     return Norms(norms[0], norms[1], found[2])
 
 
-@torch.compiler.disable
+@uncompiled
 def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     """See `kernels.batch.Kernel.direction`."""
     found = torch.zeros(3, len(batch.weights), dtype=torch.float64)
@@ -78,7 +79,7 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-@torch.compiler.disable
+@uncompiled
 def apply(batch: Batch, step_sizes: Tensor | Sequence[Scalar]) -> None:
     """See `kernels.batch.Kernel.apply`. It works the update out again: the moments must be as `direction` left them."""
     _run(batch, SECOND, None, step_sizes)

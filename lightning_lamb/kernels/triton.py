@@ -27,6 +27,7 @@ from lightning_lamb.equations import Bounds, Coefficients, Scalar
 from lightning_lamb.kernels import triton_passes as passes
 from lightning_lamb.kernels.aligned import Aligned, aligned
 from lightning_lamb.kernels.batch import Batch, Norms, StepSizes
+from lightning_lamb.uncompiled import uncompiled
 
 WARPS = 8
 
@@ -48,7 +49,7 @@ def suits(parameters: Sequence[Tensor]) -> bool:
     )
 
 
-@torch.compiler.disable
+@uncompiled
 def step(
     batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds
 ) -> Norms | None:
@@ -62,7 +63,7 @@ def step(
     return Norms(found[0], found[1], found[2]) if batch.options.adapt else None
 
 
-@torch.compiler.disable
+@uncompiled
 def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     """See `kernels.batch.Kernel.direction`."""
     call = Call(batch, [0.0] * len(batch.weights))
@@ -72,7 +73,7 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-@torch.compiler.disable
+@uncompiled
 def apply(batch: Batch, step_sizes: StepSizes) -> None:
     """See `kernels.batch.Kernel.apply`. It works the update out again: the moments must be as `direction` left them."""
     call = Call(batch, [0.0] * len(batch.weights))

@@ -6,6 +6,7 @@ layers, and a second local pass (apply). Layers that are whole on this rank go t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from lightning_lamb.optimizers.plan import LayerPlan, Slot, fingerprint, paramet
 from lightning_lamb.optimizers.report import LayerReport
 from lightning_lamb.optimizers.roster import Roster, roster_of
 from lightning_lamb.optimizers.split_step import Elsewhere, Pending, split_step
+from lightning_lamb.uncompiled import uncompiled
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -85,7 +87,7 @@ class LayerwiseOptimizer(Optimizer):
             self._update()
         return loss
 
-    @torch.compiler.disable(recursive=False)
+    @functools.partial(uncompiled, recursive=False)
     def _update(self) -> None:
         if self._host.before_step(self):
             return
@@ -98,7 +100,7 @@ class LayerwiseOptimizer(Optimizer):
             if not self._overflowed(plan):
                 self._update_layers(plan, grads)
 
-    @torch.compiler.disable(recursive=False)
+    @functools.partial(uncompiled, recursive=False)
     def _update_layers(self, plan: LayerPlan, grads: list[Tensor | None]) -> None:
         grad_scale = self._clip_scale()
         roster = roster_of(self, plan, grads)

@@ -13,6 +13,7 @@ from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
 from lightning_lamb.kernels import cpu
 from lightning_lamb.optimizers.batches import Crew, crews_of
 from lightning_lamb.optimizers.plan import LayerPlan, Slot
+from lightning_lamb.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
@@ -115,7 +116,7 @@ class Roster:
         return False
 
 
-@torch.compiler.disable  # Dynamo would guard on the identity of gradients, which are new tensors at every step
+@uncompiled  # Dynamo would guard on the identity of gradients, which are new tensors at every step
 def roster_of(optimizer: LayerwiseOptimizer, plan: LayerPlan, grads: Sequence[Tensor | None]) -> Roster:
     """The roster of this step, its steps counted: the one of an earlier step if that still holds.
 

@@ -85,17 +85,17 @@ class Fits:
         return self._found[job]
 
 
-def selected(session: pytest.Session, parameter: str) -> list[Any]:
-    """The values of a parameter in the tests that will run."""
+def selected(session: pytest.Session, kind: type) -> list[Any]:
+    """The parameters of that kind in the tests that will run; tests elsewhere have parameters of the same name."""
     specs: list[Any] = [getattr(item, "callspec", None) for item in session.items]
-    return [spec.params[parameter] for spec in specs if spec is not None and parameter in spec.params]
+    return [value for spec in specs if spec is not None for value in spec.params.values() if isinstance(value, kind)]
 
 
 @pytest.fixture(scope="session")
 def outcomes(request: pytest.FixtureRequest) -> Outcomes:
-    return Outcomes(selected(request.session, "case"))
+    return Outcomes(selected(request.session, Case))
 
 
 @pytest.fixture(scope="session")
 def fits(request: pytest.FixtureRequest) -> Fits:
-    return Fits(selected(request.session, "job"))
+    return Fits(selected(request.session, Job))

@@ -106,10 +106,9 @@ def resumable(loader: Any, order: DataOrder, *, skips: bool) -> Any:
     kind = type(loader)
     # Of a subclass of the very class, so that isinstance and attributes stay what the user's code expects.
     made: Any = object.__new__(type(kind.__name__, (ResumableLoader, kind), {"__doc__": kind.__doc__}))
-    made.__dict__.update(loader.__dict__)
-    made.order, made.skips = order, skips
     # Lightning has made an iterator already, and persistent workers would go on with the sampler that it knows.
-    made._iterator = None  # noqa: SLF001 - torch's, and torch sets it to None as well
+    made.__dict__.update(loader.__dict__, _iterator=None)
+    made.order, made.skips = order, skips
     order.follow(made)
     return made
 

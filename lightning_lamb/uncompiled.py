@@ -22,5 +22,5 @@ def uncompiled(function: Function, *, recursive: bool = True) -> Function:
         recursive: leave the functions that it calls alone, too.
     """
     # What torch decorates its own optimizers with.
-    lazily: Function = torch._disable_dynamo(function, recursive=recursive)  # type: ignore[attr-defined]  # noqa: SLF001
+    lazily: Function = torch._disable_dynamo(function, recursive=recursive)  # type: ignore[assignment,attr-defined]  # noqa: SLF001
     return lazily

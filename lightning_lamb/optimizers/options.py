@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lightning_lamb.checks import finite_number
 from lightning_lamb.errors import InvalidOptionError
 
 CHOICES: dict[str, tuple[Any, ...]] = {
@@ -81,6 +82,8 @@ def _check_lr(lr: Any) -> None:
 def _check_number(
     name: str, value: Any, remedy: str, low: float = -math.inf, high_open: float = math.inf, low_open: bool = False
 ) -> None:
+    if isinstance(value, str):
+        finite_number(name, value)  # its message says how YAML wants a number written
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < low or value >= high_open or (low_open and value == low):
         raise InvalidOptionError(f"{name}={value!r}: expected {remedy}.")

@@ -88,7 +88,7 @@ def test_bad_value_in_a_group_is_refused_too_and_nothing_is_added(optimizer_clas
         ({"nesterov": "second"}, "'first'"),
         ({"adapt": "always"}, "'decayed'"),
         ({"betas": (0.9, 1.0)}, r"\[0, 1\)"),
-        ({"lr": "1e-3"}, "number"),
+        ({"lr": "1e-3"}, "Write 0.001 without quotes"),
     ],
 )
 def test_message_says_what_to_write_instead(options, said):

@@ -292,6 +292,12 @@ class _SingleStage:
         Stage(max(ramp, 1), ramp, power=self.power, shape=self.shape, decay_from=self.decay_from)
 
     def of_length(self, total_steps: int) -> tuple[Stage, ...]:
+        """The stage, for a training of so many optimizer steps.
+
+        Raises:
+            InvalidOptionError: ``total_steps`` is no whole number above 0.
+            PlanError: the warm-up is longer.
+        """
         total = whole_number("total_steps", total_steps)
         ramp = self.warmup_steps
         if self.warmup_fraction is not None:

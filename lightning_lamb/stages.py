@@ -131,6 +131,10 @@ def stage_at(stages: Sequence[Stage], step: int) -> tuple[int, int]:
 
     After the last stage: the last stage, with all its steps done.
 
+    Raises:
+        InvalidOptionError: ``step`` is no whole number, or negative.
+        PlanError: no stages.
+
     Example:
         >>> stages = [Stage(steps=6), Stage(steps=4)]
         >>> stage_at(stages, 5), stage_at(stages, 6), stage_at(stages, 99)

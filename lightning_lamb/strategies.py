@@ -49,7 +49,11 @@ class CPUFSDPStrategy(FSDPStrategy):
         super().__init__(*args, **kwargs)
 
     def setup_environment(self) -> None:
-        """Forms the group; a ``device_mesh`` given as sizes becomes a mesh of this device."""
+        """Forms the group; a ``device_mesh`` given as sizes becomes a mesh of this device.
+
+        Raises:
+            ConflictError: ``state_dict_type="full"`` on a CPU.
+        """
         on_cpu = self.root_device.type == "cpu"
         if on_cpu and self._state_dict_type == "full":
             raise ConflictError(

@@ -69,6 +69,9 @@ class BatchRules:
         """By how much an optimizer's learning rates are multiplied, once.
 
         With base_lr, the optimizer's default becomes that; groups with rates of their own keep their ratio to it.
+
+        Raises:
+            InvalidOptionError: base_lr, and an optimizer whose own rate is 0.
         """
         factor = scaled_lr(1.0, self._base, self.global_batch_size, self.lr_scaling)
         if self.base_lr is None:

@@ -43,6 +43,9 @@ def report_count(module: nn.Module, count: float | Tensor) -> None:
     Args:
         module: the LightningModule, ``self``.
         count: a number, or a 0-dim tensor, which is not read on the host.
+
+    Raises:
+        InvalidOptionError: a number that is negative or not finite. Tensors are not looked into.
     """
     if not isinstance(count, Tensor) and not (math.isfinite(count) and count >= 0):
         raise InvalidOptionError(f"report_count: count={count} must be a finite number of at least 0.")

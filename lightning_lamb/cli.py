@@ -42,7 +42,7 @@ class LambCLI(LightningCLI):
 
     * ``--optimizer Lamb`` and ``--optimizer Lars`` are this package's, whatever else is imported; every other optimizer
       works by its name or path, the presets by theirs (``--optimizer lightning_lamb.presets.timm_lamb``).
-    * The optimizer is built when Lightning calls ``configure_optimizers``: after FSDP2, tensor parallelism or XLA
+    * The optimizer is built when Lightning calls ``configure_optimizers``: after FSDP2 or tensor parallelism
       replaced the parameters, which the stock CLI misses.
     * ``--param_groups.no_decay_names '["embedding"]'`` and so on: which parameters have no decay or no trust ratio.
     * ``--shard_optimizer_state true``: under DDP, the optimizer's state divided by the number of ranks.

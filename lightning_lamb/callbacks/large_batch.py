@@ -64,9 +64,9 @@ class LargeBatch(Callback):
 
     Put it first in ``Trainer(callbacks=[...])`` and leave ``accumulate_grad_batches`` alone. It also makes schedulers
     step per optimizer step, fills in the length of a StagedWarmup (or adds one if a warm-up is asked for), and points
-    an optimizer that was made before FSDP2 or XLA replaced the parameters at the new ones. What it derived is printed
-    once and kept in ``derived``; in a training in stages ``plan`` holds them with their steps, and ``stage`` the index
-    of the present one.
+    an optimizer that was made before FSDP2 or tensor parallelism replaced the parameters at the new ones. What it
+    derived is printed once and kept in ``derived``; in a training in stages ``plan`` holds them with their steps, and
+    ``stage`` the index of the present one.
 
     Args:
         global_batch_size: Samples per optimizer step, over all ranks. Required, unless a recipe gives it.
@@ -78,7 +78,8 @@ class LargeBatch(Callback):
         lr_scaling: How the learning rate follows the batch: "sqrt", "linear" or "none".
         micro_batch_size: Samples per forward pass and rank; with stages, or a recipe that has some, also a list of one
             per stage. None: read from the data module or the dataloader.
-        recipe: Name of a recipe (see `python -m lightning_lamb plan --help`) that gives what is left out above.
+        recipe: Name of a recipe (see `python -m lightning_lamb plan --help`) that gives what is left out above;
+            not the sequence lengths, which are the data module's.
         stages: A training in stages, instead of global_batch_size: a list of BatchStage or of dicts of its fields. The
             Trainer's max_steps is set to their total.
         doublings: How often the batch doubles during the training, from global_batch_size on, while the learning rate

@@ -1,6 +1,6 @@
 """Points optimizers at the parameters that train, when the strategy replaced those they were built with.
 
-The stock LightningCLI builds the optimizer before the Trainer exists. FSDP2, tensor parallelism and XLA then replace
+The stock LightningCLI builds the optimizer before the Trainer exists. FSDP2 and tensor parallelism then replace
 every parameter, and the optimizer would step on tensors that nobody uses: training changes nothing, silently
 (Lightning issues #19110, #16489).
 """

@@ -78,8 +78,7 @@ class LargeBatch(Callback):
         lr_scaling: How the learning rate follows the batch: "sqrt", "linear" or "none".
         micro_batch_size: Samples per forward pass and rank; with stages, or a recipe that has some, also a list of one
             per stage. None: read from the data module or the dataloader.
-        recipe: Name of a recipe (see `python -m lightning_lamb plan --help`) that gives what is left out above;
-            not the sequence lengths, which are the data module's.
+        recipe: Name of a recipe (see `plan --help`) that gives what is left out above, but no sequence lengths.
         stages: A training in stages, instead of global_batch_size: a list of BatchStage or of dicts of its fields. The
             Trainer's max_steps is set to their total.
         doublings: How often the batch doubles during the training, from global_batch_size on, while the learning rate

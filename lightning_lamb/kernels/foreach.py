@@ -23,6 +23,9 @@ from lightning_lamb.kernels.trust_ratios import step_in_two_calls
 TILE = 1 << 18
 """Elements of a tile. Five float32 tiles of 1 MiB stay in a shared cache; smaller ones lose more to thread start-up."""
 
+FEW = 1 << 14
+"""Elements of a layer that costs more to call for than to compute: such layers share their calls."""
+
 TINY_DECAY = 1e-9
 """Up to here an update over the decay might overflow."""
 
@@ -32,23 +35,30 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     masters.take_over(batch)
     if batch.weights[0].device.type != "cpu" or max(map(Tensor.numel, batch.weights)) <= TILE:
         return _direction(batch)
-    large = [index for index, weight in enumerate(batch.weights) if weight.numel() > TILE]
-    weight_statistics, update_statistics, updates, factors = [], [], [], []
-    for index in range(len(batch.weights)):
-        part = _one(batch, index)
-        flats = _flats(part) if index in large else None
-        if flats is None:
-            found = _direction(part)
-        elif _is_default(part):
-            found = _default_direction(part, flats)
-        else:
-            found = _tiled_direction(part, _tiles(part, flats))
-        weight_statistics.append(found[0])
-        update_statistics.append(found[1])
-        updates += part.updates or []
-        factors += part.factors or [_common_factor(part)]
-    batch.updates, batch.factors = updates, factors
-    return torch.cat(weight_statistics), torch.cat(update_statistics)
+    few = [index for index, weight in enumerate(batch.weights) if weight.numel() <= FEW]
+    parts = [few] if few else []
+    parts += [[index] for index, weight in enumerate(batch.weights) if weight.numel() > FEW]
+    updates: dict[int, Tensor] = {}
+    factors: dict[int, float] = {}
+    found = []
+    for indices in parts:
+        part = _some(batch, indices)
+        found.append(_direction_of_part(part))
+        updates |= zip(indices, part.updates or [])
+        factors |= zip(indices, part.factors or [_common_factor(part)] * len(indices))
+    count = range(len(batch.weights))
+    batch.updates, batch.factors = [updates[index] for index in count], [factors[index] for index in count]
+    order = torch.tensor([index for indices in parts for index in indices]).argsort()
+    weight_statistics, update_statistics = (torch.cat(values)[order] for values in zip(*found))
+    return weight_statistics, update_statistics
+
+
+def _direction_of_part(part: Batch) -> tuple[Tensor, Tensor]:
+    """`direction` of a layer alone, in tiles if it is large, or of several small ones."""
+    flats = _flats(part) if part.weights[0].numel() > TILE else None
+    if flats is None:
+        return _direction(part)
+    return _default_direction(part, flats) if _is_default(part) else _tiled_direction(part, _tiles(part, flats))
 
 
 def apply(batch: Batch, step_sizes: StepSizes) -> None:
@@ -190,18 +200,12 @@ def _tiles(batch: Batch, flats: list[Tensor]) -> list[Batch]:
     ]
 
 
-def _one(batch: Batch, index: int) -> Batch:
-    """The batch of its entry ``index`` alone."""
-    pick = slice(index, index + 1)
-    return Batch(
-        batch.options,
-        batch.weights[pick],
-        batch.grads[pick],
-        batch.moments1[pick],
-        batch.moments2[pick],
-        batch.coefficients[pick],
-        batch.grad_scale,
-    )
+def _some(batch: Batch, indices: list[int]) -> Batch:
+    """The batch of these entries alone."""
+    lists = batch.weights, batch.grads, batch.moments1, batch.moments2
+    weights, grads, moments1, moments2 = ([part[index] for index in indices] if part else [] for part in lists)
+    coefficients = [batch.coefficients[index] for index in indices]
+    return Batch(batch.options, weights, grads, moments1, moments2, coefficients, batch.grad_scale)
 
 
 def _prepared_gradients(batch: Batch) -> list[Tensor]:

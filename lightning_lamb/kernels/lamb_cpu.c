@@ -251,8 +251,9 @@ static double finish_first(const Job *job, int64_t layer, const double *statisti
 
 /* ---------------------------------------------------------------------------------------------------------- tasks */
 
-/* A large layer is cut into tiles, a task each, that the threads share: all first passes, then all second ones. Small
- * layers are done whole, a run of them per task. */
+/* A large layer is cut into tiles, a task each, that the threads share. Small layers are done whole, a run of them per
+ * task. If both passes are made, tasks are the first ones, and each thread makes the second pass over the tiles that it
+ * made the first over, backwards: its own cache holds them, while another one's would have to be asked. */
 typedef struct {
     int64_t layer, until;           /* small layers [layer, until); of a large one `until` is unused */
     int64_t tile;                   /* of the large layer, or -1 */
@@ -264,6 +265,7 @@ typedef struct {
     double *parts;                  /* (tiles, 2) statistics of its tiles */
     double step_size;
     atomic_llong unfinished;        /* first passes */
+    int64_t end;                    /* the task after the layer's last first pass */
     atomic_int ready;               /* step_size is known */
 } Shared;
 
@@ -273,7 +275,10 @@ typedef struct {
     int64_t count;
     int64_t most_kept;              /* bytes of the updates of the largest small layer, if both passes are made */
     Shared *shared;
+    int64_t most_tiles;             /* of one layer, if both passes are made */
+    int32_t *own;                   /* (threads, most_tiles): the tiles of the present layer that a thread has begun */
     atomic_llong next;
+    atomic_llong places;            /* threads that have begun */
 } Work;
 
 static int64_t tiles_of(int64_t size) { return (size + TILE - 1) / TILE; }
@@ -309,7 +314,8 @@ static void second_of_tile(const Work *work, int64_t layer, int64_t tile) {
     Shared *shared = &work->shared[layer];
     double step_size;
     if (job->passes & FIRST) {
-        /* Every first pass of this layer was claimed before this task, by threads that are at it now: not long. */
+        /* Every first pass of this layer was claimed before, by threads that are at it now, or at an earlier layer's
+         * second passes: not long. */
         for (int spins = 0; !atomic_load_explicit(&shared->ready, memory_order_acquire); spins++)
             if (spins > 1000) sched_yield();
         step_size = shared->step_size;
@@ -318,19 +324,39 @@ static void second_of_tile(const Work *work, int64_t layer, int64_t tile) {
     second(job, layer, from, rest < TILE ? rest : TILE, NULL, step_size);
 }
 
+static void second_of_own(const Work *work, int64_t layer, const int32_t *own, int64_t owned) {
+    while (owned-- > 0) second_of_tile(work, layer, own[owned]);
+}
+
 static void *take_tasks(void *argument) {
     Work *work = argument;
     /* The second pass of small layers takes the updates from here; without memory it works them out again. */
     void *kept = work->most_kept ? malloc((size_t)work->most_kept) : NULL;
+    const int64_t place = atomic_fetch_add_explicit(&work->places, 1, memory_order_relaxed);
+    int32_t *own = work->own + place * work->most_tiles;
+    int64_t owned = 0, layer = 0;
     for (;;) {
+        if (owned && atomic_load_explicit(&work->next, memory_order_relaxed) >= work->shared[layer].end) {
+            second_of_own(work, layer, own, owned);
+            owned = 0;
+        }
         const int64_t index = atomic_fetch_add_explicit(&work->next, 1, memory_order_relaxed);
         if (index >= work->count) break;
         const Task *task = &work->tasks[index];
+        if (owned && (task->tile < 0 || task->layer != layer)) {
+            second_of_own(work, layer, own, owned);
+            owned = 0;
+        }
         if (task->tile < 0)
-            for (int64_t layer = task->layer; layer < task->until; layer++) whole_layer(work->job, layer, kept);
-        else if (task->pass == FIRST) first_of_tile(work, task->layer, task->tile);
-        else second_of_tile(work, task->layer, task->tile);
+            for (int64_t small = task->layer; small < task->until; small++) whole_layer(work->job, small, kept);
+        else if (task->pass == SECOND) second_of_tile(work, task->layer, task->tile);
+        else {
+            layer = task->layer;
+            first_of_tile(work, layer, task->tile);
+            if (work->job->passes & SECOND) own[owned++] = (int32_t)task->tile;
+        }
     }
+    second_of_own(work, layer, own, owned);
     free(kept);
     return NULL;
 }
@@ -347,7 +373,7 @@ static int64_t list_tasks(const Job *job, Task *tasks) {
             if (job->passes & FIRST)
                 for (int64_t tile = 0; tile < tiles; tile++, count++)
                     if (tasks) tasks[count] = (Task){layer, 0, tile, FIRST};
-            if (job->passes & SECOND)
+            if (job->passes == SECOND)
                 for (int64_t tile = tiles - 1; tile >= 0; tile--, count++)
                     if (tasks) tasks[count] = (Task){layer, 0, tile, SECOND};
             position++;
@@ -366,19 +392,22 @@ static int64_t list_tasks(const Job *job, Task *tasks) {
     return count;
 }
 
-static int prepare(Work *work, const Job *job, double **parts) {
+static int prepare(Work *work, const Job *job, int64_t threads, double **parts) {
     int64_t tiles = 0, used = 0;
     for (int64_t layer = 0; layer < job->layers; layer++) {
         const int64_t size = job->sizes[layer], bytes = size * (job->weight_type == FLOAT64 ? 8 : 4);
         tiles += tiles_of(size);
+        if (size > SMALL && tiles_of(size) > work->most_tiles && job->passes == (FIRST | SECOND))
+            work->most_tiles = tiles_of(size);
         if (size <= SMALL && bytes > work->most_kept && job->passes == (FIRST | SECOND)) work->most_kept = bytes;
     }
     work->job = job;
     work->count = list_tasks(job, NULL);
     work->tasks = malloc((size_t)(work->count + 1) * sizeof(Task));
     work->shared = malloc((size_t)(job->layers + 1) * sizeof(Shared));
+    work->own = malloc((size_t)(work->most_tiles * threads + 1) * sizeof(int32_t));
     *parts = malloc((size_t)(2 * tiles + 1) * sizeof(double));
-    if (!work->tasks || !work->shared || !*parts) return -1;
+    if (!work->tasks || !work->shared || !work->own || !*parts) return -1;
     list_tasks(job, work->tasks);
     for (int64_t layer = 0; layer < job->layers; layer++) {
         Shared *shared = &work->shared[layer];
@@ -387,7 +416,10 @@ static int prepare(Work *work, const Job *job, double **parts) {
         atomic_init(&shared->ready, 0);
         used += tiles_of(job->sizes[layer]);
     }
+    for (int64_t index = 0; index < work->count; index++)
+        if (work->tasks[index].tile >= 0) work->shared[work->tasks[index].layer].end = index + 1;
     atomic_init(&work->next, 0);
+    atomic_init(&work->places, 0);
     return 0;
 }
 
@@ -415,16 +447,17 @@ static void run_threads(Work *work, int64_t wanted) {
 EXPORT int32_t lamb_run(const Job *job) {
     Work work = {0};
     double *parts = NULL;
-    const int32_t failed = prepare(&work, job, &parts);
+    const int64_t most = job->threads < 1 ? 1 : job->threads > MOST_THREADS ? MOST_THREADS : job->threads;
+    const int32_t failed = prepare(&work, job, most, &parts);
     if (!failed) {
-        int64_t wanted = job->threads < work.count ? job->threads : work.count;
-        if (wanted > MOST_THREADS) wanted = MOST_THREADS;
+        const int64_t wanted = most < work.count ? most : work.count;
         const Team team = wanted > 1 ? team_of_torch() : NULL;
         if (team) team(join_team, &work, (unsigned)wanted, 0);
         else run_threads(&work, wanted);
     }
     free(work.tasks);
     free(work.shared);
+    free(work.own);
     free(parts);
     return failed;
 }

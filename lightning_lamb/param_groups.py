@@ -25,6 +25,9 @@ class GroupRules:
         no_adapt_types: module class names; their parameters have no trust ratio.
         no_decay_1d: parameters with at most one dimension (biases, norm scales) have no weight decay.
         no_adapt_1d: parameters with at most one dimension have no trust ratio.
+
+    Raises:
+        InvalidOptionError: a name that is no regular expression.
     """
 
     no_decay_names: list[str] = field(default_factory=list)
@@ -33,6 +36,11 @@ class GroupRules:
     no_adapt_types: list[str] = field(default_factory=list)
     no_decay_1d: bool = True
     no_adapt_1d: bool = True
+
+    def __post_init__(self) -> None:
+        for option in ("no_decay_names", "no_adapt_names"):
+            for pattern in getattr(self, option):
+                _check_expression(option, pattern)
 
 
 def lamb_param_groups(
@@ -58,8 +66,8 @@ def lamb_param_groups(
         shape rule has been applied.
 
     Raises:
-        InvalidOptionError: a pattern or type that matches nothing, or is no regular expression; types without a
-            module; rules that are no GroupRules.
+        InvalidOptionError: a pattern or type that matches nothing; types without a module; rules that are no
+            GroupRules; parameters without their names.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
     >>> for group in lamb_param_groups(model):
@@ -71,6 +79,8 @@ def lamb_param_groups(
     if not isinstance(rules, GroupRules):
         raise InvalidOptionError(f"rules={rules!r} must be GroupRules(...), not a {type(rules).__name__}.")
     named = list(model.named_parameters() if isinstance(model, nn.Module) else model)
+    if any(isinstance(pair, Tensor) for pair in named):
+        raise InvalidOptionError("parameters come without names: pass the module, or its named_parameters().")
     named = [(clean(name), parameter) for name, parameter in named if parameter.requires_grad]
     no_decay = _matching(model, named, rules.no_decay_names, rules.no_decay_types, "no_decay")
     no_adapt = _matching(model, named, rules.no_adapt_names, rules.no_adapt_types, "no_adapt")
@@ -94,11 +104,7 @@ def _matching(
     """Ids of the parameters that a name pattern or a module type matches."""
     found: set[int] = set()
     for pattern in patterns:
-        try:
-            expression = re.compile(pattern)
-        except re.error as error:
-            raise InvalidOptionError(f"{option}_names: {pattern!r} is no regular expression ({error}).") from error
-        matches = {id(parameter) for name, parameter in named if expression.search(name)}
+        matches = {id(parameter) for name, parameter in named if re.search(pattern, name)}
         if not matches:
             raise InvalidOptionError(
                 f"{option}_names: {pattern!r} matches none of the {len(named)} parameter names, such as "
@@ -118,6 +124,13 @@ def _matching(
             )
         found |= {id(parameter) for module in modules for parameter in module.parameters()}
     return found
+
+
+def _check_expression(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise InvalidOptionError(f"{option}: {pattern!r} is no regular expression ({error}).") from error
 
 
 def _is_type(module: nn.Module, kind: str | type) -> bool:

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from lightning_lamb.callbacks import schedule, stage_switch
 from lightning_lamb.callbacks.batch_stages import BatchStage, StagedBatches
-from lightning_lamb.callbacks.conflicts import refuse_conflicts, refuse_double_clipping
+from lightning_lamb.callbacks.conflicts import refuse_conflicts, refuse_double_clipping, refuse_hybrid_resume
 from lightning_lamb.callbacks.exact_resume import ExactResume
 from lightning_lamb.callbacks.learning_rate import multiply_learning_rates
 from lightning_lamb.callbacks.live_parameters import LiveParameters
@@ -23,12 +23,7 @@ from lightning_lamb.callbacks.micro_batch import (
     refuse_other_micro_batch,
     refuse_short_epoch,
 )
-from lightning_lamb.callbacks.plan_change import (
-    length_from,
-    plan_differences,
-    refuse_changed_plan,
-    warm_up_again,
-)
+from lightning_lamb.callbacks.plan_change import length_from, plan_differences, refuse_changed_plan, warm_up_again
 from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.callbacks.stage_options import StageOptions
@@ -295,6 +290,7 @@ class LargeBatch(Callback):
         """
         if not trainer.training:
             return
+        refuse_hybrid_resume(trainer.strategy)
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
         step = int(checkpoint["global_step"])
         differences = [] if saved is None else plan_differences(self.rules, self.plan, saved)

@@ -112,9 +112,8 @@ def refuse_other_ranks(saved: str | Path, ranks: int, tag: str | None = None) ->
     Raises:
         StateDictError: it has to be converted first.
     """
-    folder, latest = Path(saved), Path(saved) / "latest"
-    if tag is None and latest.is_file():
-        tag = latest.read_text().strip()
+    folder = Path(saved)
+    tag = _latest(folder) if tag is None else tag
     partitions = len(list((folder / tag).glob("*_optim_states.pt"))) if tag else 0
     if partitions not in (0, ranks):
         raise StateDictError(
@@ -124,10 +123,14 @@ def refuse_other_ranks(saved: str | Path, ranks: int, tag: str | None = None) ->
         )
 
 
+def _latest(folder: Path) -> str | None:
+    """The tag of the checkpoint that was saved last; None if the folder does not say."""
+    file = folder / "latest"
+    return file.read_text().strip() if file.is_file() else None
+
+
 def _tag(folder: Path, tag: str | None) -> str:
-    latest = folder / "latest"
-    if tag is None and latest.is_file():
-        tag = latest.read_text().strip()
+    tag = _latest(folder) if tag is None else tag
     if tag is None or not (folder / tag).is_dir():
         raise StateDictError(
             f"{folder} is no DeepSpeed checkpoint: it has no {'file `latest`' if tag is None else f'folder {tag!r}'}. "

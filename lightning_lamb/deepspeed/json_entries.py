@@ -6,13 +6,12 @@ DeepSpeed looks for optimizers that it does not know in ``torch.optim``, and for
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from lightning_lamb.checks import did_you_mean
+from lightning_lamb.checks import options_of_call
 from lightning_lamb.deepspeed.versions import load_deepspeed
 from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.optimizers import Lamb, Lars, LayerwiseOptimizer
@@ -42,11 +41,20 @@ def lightning_lars(params: Any, **options: Any) -> Lars:
     return Lars(params, **_translated(Lars, options))
 
 
+def staged_warmup(optimizer: torch.optim.Optimizer, **options: Any) -> StagedWarmup:
+    """Builds `StagedWarmup` from the ``params`` of a JSON entry.
+
+    Raises:
+        InvalidOptionError: an option that it does not know, or a value that makes no sense.
+    """
+    return StagedWarmup(optimizer, **options_of_call('"scheduler" in the DeepSpeed config', options, StagedWarmup))
+
+
 OPTIMIZERS: dict[str, Callable[..., LayerwiseOptimizer]] = {
     "LightningLamb": lightning_lamb,
     "LightningLars": lightning_lars,
 }
-SCHEDULERS: dict[str, type] = {"StagedWarmup": StagedWarmup}
+SCHEDULERS: dict[str, Callable[..., StagedWarmup]] = {"StagedWarmup": staged_warmup}
 
 
 def register() -> None:
@@ -67,7 +75,6 @@ def register() -> None:
 def _translated(kind: type[LayerwiseOptimizer], options: dict[str, Any]) -> dict[str, Any]:
     """The options with FusedLamb's translated and unknown ones refused."""
     options = dict(options)
-    known = [name for name in inspect.signature(kind).parameters if name != "params"]
     given = {name: options.pop(name) for name in FUSED_LAMB_BOUNDS if name in options}
     if given:
         if "trust_ratio_bounds" in options:
@@ -86,10 +93,4 @@ def _translated(kind: type[LayerwiseOptimizer], options: dict[str, Any]) -> dict
         raise InvalidOptionError(
             "amsgrad=true: LAMB has no AMSGrad variant, and FusedLamb refuses it too. Leave it out."
         )
-    for name in options:
-        if name not in known:
-            raise InvalidOptionError(
-                f'"{name}" in the DeepSpeed config is no option of {kind.__name__}.{did_you_mean(name, known)} '
-                f"It has: {', '.join(known)}."
-            )
-    return options
+    return options_of_call('"optimizer" in the DeepSpeed config', options, kind)

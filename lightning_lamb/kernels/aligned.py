@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter, eq, is_
 from typing import NamedTuple
@@ -65,6 +65,11 @@ def aligned(batch: Batch, is_readable: Callable[[Tensor], bool]) -> Aligned:
     kept = [part if index != GRADS else [] for index, part in enumerate(lists)]
     batch.memory["known"] = _Known(kept, pointers, sizes)
     return Aligned(lists, [], sizes, pointers)
+
+
+def plain(tensors: Iterable[Tensor], device_type: str, dtypes: Container[torch.dtype]) -> bool:
+    """Whether these are ordinary tensors, whose address says all, on such a device and of one of these dtypes."""
+    return all(type(one) in PLAIN and one.device.type == device_type and one.dtype in dtypes for one in tensors)
 
 
 def pointers_to(tensors: Sequence[Tensor]) -> array[int]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_lamb.equations import Bounds, Coefficients, Scalar
-from lightning_lamb.kernels.aligned import aligned, pointers_to
+from lightning_lamb.kernels.aligned import aligned, plain, pointers_to
 from lightning_lamb.kernels.batch import Batch, Norms
 from lightning_lamb.kernels.cpu_library import library
 from lightning_lamb.uncompiled import uncompiled
@@ -52,10 +52,7 @@ class Job(ctypes.Structure):
 
 def suits(parameters: Iterable[Tensor]) -> bool:
     """Whether the kernel can work on these: ordinary tensors in the computer's memory, of a dtype it knows."""
-    return all(
-        type(one) in (Tensor, torch.nn.Parameter) and one.device.type == "cpu" and one.dtype in TYPES
-        for one in parameters
-    )
+    return plain(parameters, "cpu", TYPES)
 
 
 @uncompiled

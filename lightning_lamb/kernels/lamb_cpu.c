@@ -428,10 +428,9 @@ static void join_team(void *work) { take_tasks(work); }
 /* libgomp's, which torch brings and uses, or NULL. After a parallel operation of torch its threads spin for some
  * milliseconds, waiting for the next one, and threads of our own would share the cores with them: twice the time. */
 typedef void (*Team)(void (*function)(void *), void *data, unsigned threads, unsigned flags);
-static Team team_of_torch(void) {
-    Team team;
-    *(void **)&team = dlsym(RTLD_DEFAULT, "GOMP_parallel");
-    return team;
+static Team team_of_torch;
+__attribute__((constructor)) static void find_team_of_torch(void) {
+    *(void **)&team_of_torch = dlsym(RTLD_DEFAULT, "GOMP_parallel");
 }
 
 static void run_threads(Work *work, int64_t wanted) {
@@ -451,8 +450,7 @@ EXPORT int32_t lamb_run(const Job *job) {
     const int32_t failed = prepare(&work, job, most, &parts);
     if (!failed) {
         const int64_t wanted = most < work.count ? most : work.count;
-        const Team team = wanted > 1 ? team_of_torch() : NULL;
-        if (team) team(join_team, &work, (unsigned)wanted, 0);
+        if (team_of_torch && wanted > 1) team_of_torch(join_team, &work, (unsigned)wanted, 0);
         else run_threads(&work, wanted);
     }
     free(work.tasks);

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from lightning_lamb.equations import Bounds, Coefficients, Scalar
 from lightning_lamb.kernels import triton_passes as passes
-from lightning_lamb.kernels.aligned import Aligned, aligned
+from lightning_lamb.kernels.aligned import Aligned, aligned, plain
 from lightning_lamb.kernels.batch import Batch, Norms, StepSizes
 from lightning_lamb.uncompiled import uncompiled
 
@@ -41,12 +41,9 @@ TYPES = {
 }
 
 
-def suits(parameters: Sequence[Tensor]) -> bool:
+def suits(parameters: Iterable[Tensor]) -> bool:
     """Whether the kernel can work on these: ordinary tensors on a CUDA device, of a dtype it knows."""
-    return all(
-        type(one) in (Tensor, torch.nn.Parameter) and one.device.type == "cuda" and one.dtype in TYPES
-        for one in parameters
-    )
+    return plain(parameters, "cuda", TYPES)
 
 
 @uncompiled

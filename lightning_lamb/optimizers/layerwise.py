@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torch.optim import Optimizer
 
 from lightning_lamb import equations
 from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
-from lightning_lamb.errors import LightningLambError, UnknownShardError
+from lightning_lamb.errors import InvalidOptionError, LightningLambError, UnknownShardError
 from lightning_lamb.kernels import StepSizes, trust_ratios
 from lightning_lamb.optimizers import choice, gradients, loss_scaling, state
 from lightning_lamb.optimizers.batches import options_of, scales_of
@@ -36,6 +37,8 @@ class LayerwiseOptimizer(Optimizer):
     signature: frozenset[str]
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        if isinstance(params, Module):
+            raise InvalidOptionError(f"params is a module ({type(params).__name__}): pass its named_parameters().")
         self._reset()
         self._host = Host()
         super().__init__(params, checked(defaults))

@@ -27,7 +27,7 @@ from zero_setting import (
     train,
 )
 
-from lightning_lamb import Lamb, Lars
+from lightning_lamb import Lamb, Lars, StagedWarmup
 from lightning_lamb.deepspeed import lamb_is_ours
 from lightning_lamb.deepspeed.config import (
     load_config,
@@ -143,6 +143,14 @@ def test_coefficients_of_fused_lamb_become_trust_ratio_bounds():
 def test_options_that_cannot_be_meant_are_refused(options, message):
     with pytest.raises(InvalidOptionError, match=message):
         lightning_lamb(a_parameter(), **options)
+
+
+def test_a_misspelt_option_of_the_schedule_is_refused():
+    scheduler = torch.optim.lr_scheduler.StagedWarmup  # where DeepSpeed looks for it
+    optimizer = Lamb(a_parameter())
+    assert isinstance(scheduler(optimizer, total_steps=10, warmup_steps=2), StagedWarmup)
+    with pytest.raises(InvalidOptionError, match=r'"scheduler" in .*config.*Did you mean .warmup_steps'):
+        scheduler(optimizer, total_steps=10, warm_steps=2)
 
 
 def test_the_switch_changes_lamb_and_nothing_else(tmp_path):

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, StochasticWeightAveraging
+from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import lr_scheduler as torch_schedulers
 from torch.utils.data import DataLoader
 
@@ -325,6 +328,15 @@ def test_double_clipping_is_refused(option: dict[str, float], trainer_option: di
 def test_an_option_out_of_range_is_refused_at_once(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidOptionError, match=message):
         LargeBatch(**options)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_resume_where_torch_restores_wrong_moments_is_refused_under_lightnings_own_strategy(trains: bool) -> None:
+    """FSDPStrategy runs on GPUs only; CPUFSDPStrategy refuses by itself."""
+    hybrid = SimpleNamespace(sharding_strategy=ShardingStrategy.HYBRID_SHARD, _state_dict_type="sharded")
+    trainer: Any = SimpleNamespace(training=trains, strategy=hybrid)
+    with pytest.raises(ConflictError, match=r"HYBRID_SHARD.*FULL_SHARD") if trains else nullcontext():
+        LargeBatch(8).on_load_checkpoint(trainer, Regression(), {})
 
 
 def test_one_summary_says_what_was_derived(caplog: pytest.LogCaptureFixture) -> None:

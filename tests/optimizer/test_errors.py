@@ -134,6 +134,12 @@ def test_misspelled_option_is_refused(optimizer_class):
 
 
 @pytest.mark.parametrize("optimizer_class", [Lamb, Lars])
+def test_a_module_in_place_of_its_parameters_is_refused(optimizer_class):
+    with pytest.raises(InvalidOptionError, match=r"Linear.*named_parameters"):
+        optimizer_class(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("optimizer_class", [Lamb, Lars])
 def test_fused_on_a_parameter_that_has_no_fused_kernel_is_refused_not_ignored(optimizer_class):
     weight = nn.Parameter(torch.ones(2, 2, device="meta"))  # no kernel can ever run here
     weight.grad = torch.ones(2, 2, device="meta")

@@ -110,8 +110,14 @@ def test_pattern_or_type_that_matches_nothing_is_an_error_naming_it(rule):
 
 
 def test_broken_regular_expression_is_an_error_naming_it():
-    with pytest.raises(InvalidOptionError, match=re.escape("bias(")):
-        lamb_param_groups(Block(), rules=GroupRules(no_decay_names=["bias("]))
+    for option in ("no_decay_names", "no_adapt_names"):
+        with pytest.raises(InvalidOptionError, match=option + ".*" + re.escape("bias(")):
+            GroupRules(**{option: ["bias("]})
+
+
+def test_parameters_without_names_are_refused_with_what_to_pass():
+    with pytest.raises(InvalidOptionError, match="named_parameters"):
+        lamb_param_groups(Block().parameters())
 
 
 def test_named_parameters_are_accepted_in_place_of_a_module_but_not_types():

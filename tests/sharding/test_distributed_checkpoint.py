@@ -1,7 +1,4 @@
-"""torch.distributed.checkpoint without Lightning: saved in one layout, continued in another, exactly.
-
-FSDP1's checkpoints are in test_lightning_checkpoints.py.
-"""
+"""torch.distributed.checkpoint without Lightning: saved in one layout, continued in another, exactly."""
 
 from __future__ import annotations
 
@@ -16,6 +13,7 @@ from sharding.layouts import LAYOUTS, Laid, Layout, local_part
 from sharding.networks import learning_rate, new_net
 from sharding.runs import prescribed
 from tolerances import TOLERANCE, relative_error
+from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
 from lightning_lamb import Lamb
@@ -24,6 +22,9 @@ from tests.distributed import run_ranks
 EXACT = TOLERANCE["sharded"].relative
 OPTIONS = {"weight_decay": 0.1, "max_grad_norm": 0.5}
 WIDTH, STEPS, SAVED = 20, 12, 5
+# torch 2.13 forgets entries of layers with fewer rows than ranks, unless it is told that FSDP1 is not over another
+# sharding: "Missing key in checkpoint state_dict: optimizer.param_groups", with every optimizer.
+PLAIN_SHARDS = {"flatten_sharded_tensors": False}
 
 
 def layout(name: str, ranks: int) -> Layout:
@@ -40,7 +41,7 @@ def run(name: str, ranks: int, first: int, last: int, half: bool, folder: str, s
     if first:
         weights, state = get_state_dict(laid.model, optimizer)
         held = {"model": weights, "optimizer": state}
-        dcp.load(held, checkpoint_id=folder)
+        dcp.load(held, checkpoint_id=folder, planner=DefaultLoadPlanner(**PLAIN_SHARDS))
         set_state_dict(laid.model, optimizer, model_state_dict=held["model"], optim_state_dict=held["optimizer"])
     for step, gradients in zip(range(STEPS), prescribed(laid)):
         if first <= step < last:
@@ -49,7 +50,8 @@ def run(name: str, ranks: int, first: int, last: int, half: bool, folder: str, s
             optimizer.step()
     if save:
         weights, state = get_state_dict(laid.model, optimizer)
-        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+        planner = DefaultSavePlanner(**PLAIN_SHARDS)
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder, planner=planner)
     if half:  # masters: the weights themselves are rounded
         masters = {n: optimizer.state[p]["master_weight"] for n, p in laid.parameters.items() if optimizer.state[p]}
         return laid.assembled({n: local_part(m) for n, m in masters.items()})
@@ -78,7 +80,9 @@ def expected(half: bool) -> dict[str, Any]:
 
 FROM_TWO = ["FSDP2", "tensor parallel"]
 CHAINS = [*[(start, 2, "FSDP2", 4) for start in FROM_TWO], ("FSDP2", 2, "FSDP2 with tensor parallel", 4)]
-CASES = [(chain, half) for chain in CHAINS for half in (False, True)]
+FSDP1 = ("FSDP1 FULL_SHARD", 2, "FSDP1 FULL_SHARD", 4)
+# FSDP1 pads slices of bf16 otherwise; bf16 with masters under it is in test_lightning_checkpoints.py.
+CASES = [*[(chain, half) for chain in CHAINS for half in (False, True)], (FSDP1, False)]
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,12 @@ when another rank has failed or the deadline has passed: a hanging collective co
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import tempfile
@@ -23,6 +25,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NoReturn
+
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 GRACE_AFTER_FAILURE = 3.0
 """Seconds that the other ranks get to report their own error when one has failed."""
@@ -140,6 +144,7 @@ def _run_rank(
 ) -> NoReturn:
     """Body of one process: output to a file, the result or the traceback to the pipe."""
     os.environ.update(variables)
+    _die_with_parent()
     output = (folder / f"rank{index}.txt").open("w", buffering=1)
     os.dup2(output.fileno(), 1)
     os.dup2(output.fileno(), 2)
@@ -170,6 +175,12 @@ def _run_rank(
     sender.close()
     output.flush()
     os._exit(0 if ok else 1)  # skips the teardown of groups whose other ranks may be gone
+
+
+def _die_with_parent() -> None:
+    """A test process that is killed, by its time limit say, cannot clean up: its ranks would compute on, unseen."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _collect(processes: list[Any], connections: list[Connection], deadline: float, folder: Path) -> list[Any]:

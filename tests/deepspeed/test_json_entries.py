@@ -40,6 +40,7 @@ from lightning_lamb.deepspeed.json_entries import lightning_lamb, lightning_lars
 from lightning_lamb.deepspeed.versions import refuse_untested
 from lightning_lamb.errors import BatchSizeError, ConflictError, InvalidOptionError, MissingDependencyError
 from lightning_lamb.stages import Stage, multiplier
+from tests.docs.markdown_blocks import all_blocks
 
 STAGES = [
     {"steps": 6, "warmup_steps": 2, "lr": 0.01},
@@ -106,6 +107,32 @@ def test_json_entries_train_exactly_in_every_stage_from_dict_and_file(tmp_path):
         assert found["rates"] == pytest.approx(RATES), one
         assert found["kind"] == ("Lars" if one["optimizer"]["type"].endswith("Lars") else "Lamb"), one
         assert largest_error(found["weights"], expected[found["kind"]]) <= 2e-6, one
+
+
+def run_pages(configs: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Worker: a window of micro-batches with each config, as it stands in the docs."""
+    found = {}
+    for page, config in configs.items():
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 1))
+        engine = made_engine(model, config, model_parameters=model.parameters())
+        before = full_precision(engine)
+        for _ in range(engine.gradient_accumulation_steps()):
+            inputs = torch.randn(engine.train_micro_batch_size_per_gpu(), 8).to(next(model.parameters()).dtype)
+            engine.backward(engine(inputs).float().square().mean())
+            engine.step()
+        moved = largest_error(full_precision(engine), before)
+        found[page] = type(engine.basic_optimizer).__name__, type(engine.lr_scheduler).__name__, moved
+        engine.destroy()
+    return found
+
+
+def test_the_configs_in_the_docs_train_as_they_stand():
+    configs = {str(block): json.loads(block.code) for block in all_blocks("json")}
+    configs = {page: config for page, config in configs.items() if "optimizer" in config}
+    assert len(configs) >= 2
+    for page, (optimizer, scheduler, moved) in on_ranks(run_pages, 1, configs)[0].items():
+        assert (optimizer, scheduler) == ("Lamb", "StagedWarmup"), page
+        assert 0 < moved < 0.1, page
 
 
 def test_the_rates_above_are_the_schedule():

@@ -25,7 +25,7 @@
 #define ALWAYS_INLINE inline __attribute__((always_inline))
 #define MAYBE_UNUSED __attribute__((unused))
 
-enum { TILE = 1 << 14 };      /* elements of one task of a large layer, and of one of its partial sums */
+enum { TILE = 1 << 15 };      /* elements of one task of a large layer, and of one of its partial sums */
 enum { SMALL = 1 << 16 };     /* elements of layers that one thread does alone; the updates of so many are kept */
 enum { BLOCK = 1 << 9 };      /* elements done at a time; they stay in the first-level cache */
 enum { MOST_THREADS = 256 };

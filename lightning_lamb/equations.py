@@ -172,9 +172,28 @@ def trust_ratio(
     return torch.where(undefined, 1.0, ratio)
 
 
+def trust_ratio_of_numbers(
+    weight_norm: float, update_norm: float, weight_norm_bounds: Bounds = None, trust_ratio_bounds: Bounds = None
+) -> float:
+    """`trust_ratio` of one layer on the host, where ten operations on tensors of one element take longer than a layer.
+
+    >>> trust_ratio_of_numbers(2.0, 4.0), trust_ratio_of_numbers(0.0, 4.0)
+    (0.5, 1.0)
+    """
+    if weight_norm == 0 or update_norm == 0:
+        return 1.0
+    ratio = _clamped(weight_norm, weight_norm_bounds) / update_norm
+    return _clamped(ratio, trust_ratio_bounds)
+
+
 def clip_coefficient(norm: Tensor, max_norm: float) -> Tensor:
     """``1/max(1, ||g||/max_norm)``: what the gradient is multiplied by; exact, without the customary 1e-6."""
     return 1 / (norm / max_norm).clamp(min=1.0)
+
+
+def _clamped(value: float, bounds: Bounds) -> float:
+    """As ``Tensor.clamp``: a NaN stays one."""
+    return value if bounds is None else min(max(value, bounds[0]), bounds[1])
 
 
 def _is_zero(coefficient: Scalar) -> bool:

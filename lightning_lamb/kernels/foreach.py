@@ -17,14 +17,18 @@ from lightning_lamb import equations
 from lightning_lamb.equations import Bounds, Coefficients, Scalar
 from lightning_lamb.kernels import eager, masters
 from lightning_lamb.kernels.batch import Batch, Norms, StepSizes
-from lightning_lamb.kernels.statistics import combined, flattened, in_range, statistics
+from lightning_lamb.kernels.statistics import combined, flattened, statistics
 from lightning_lamb.kernels.trust_ratios import step_in_two_calls
 
-TILE = 1 << 18
-"""Elements of a tile. Five float32 tiles of 1 MiB stay in a shared cache; smaller ones lose more to thread start-up."""
+TILE = 1 << 20
+"""Elements of a tile. Smaller ones would stay in nearer caches, and lose more to the calls: after every pass over
+megabytes the interpreter's own data must come from memory again."""
 
 FEW = 1 << 14
 """Elements of a layer that costs more to call for than to compute: such layers share their calls."""
+
+ROW = 1 << 8
+"""Elements whose squares torch may add up one after another in float32: norms are then right to 3e-7."""
 
 TINY_DECAY = 1e-9
 """Up to here an update over the decay might overflow."""
@@ -33,11 +37,9 @@ TINY_DECAY = 1e-9
 def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     """See `kernels.batch.Kernel.direction`. For moments in full precision."""
     masters.take_over(batch)
-    if batch.weights[0].device.type != "cpu" or max(map(Tensor.numel, batch.weights)) <= TILE:
+    if not _has_large(batch):
         return _direction(batch)
-    few = [index for index, weight in enumerate(batch.weights) if weight.numel() <= FEW]
-    parts = [few] if few else []
-    parts += [[index] for index, weight in enumerate(batch.weights) if weight.numel() > FEW]
+    parts = _parts(batch)
     updates: dict[int, Tensor] = {}
     factors: dict[int, float] = {}
     found = []
@@ -48,17 +50,37 @@ def direction(batch: Batch) -> tuple[Tensor, Tensor]:
         factors |= zip(indices, part.factors or [_common_factor(part)] * len(indices))
     count = range(len(batch.weights))
     batch.updates, batch.factors = [updates[index] for index in count], [factors[index] for index in count]
-    order = torch.tensor([index for indices in parts for index in indices]).argsort()
-    weight_statistics, update_statistics = (torch.cat(values)[order] for values in zip(*found))
-    return weight_statistics, update_statistics
+    return _in_order(parts, [values[0] for values in found]), _in_order(parts, [values[1] for values in found])
+
+
+def _has_large(batch: Batch) -> bool:
+    """Whether a layer of it is better done alone."""
+    return batch.weights[0].device.type == "cpu" and max(map(Tensor.numel, batch.weights)) > FEW
+
+
+def _parts(batch: Batch) -> list[list[int]]:
+    """Indices of the layers that share their calls, and of the others one by one."""
+    few = [index for index, weight in enumerate(batch.weights) if weight.numel() <= FEW]
+    alone = [[index] for index, weight in enumerate(batch.weights) if weight.numel() > FEW]
+    return [few, *alone] if few else alone
+
+
+def _in_order(parts: list[list[int]], values: list[Tensor]) -> Tensor:
+    """(layers,) values in the order of the layers, from those of the parts."""
+    if len(values) == 1:
+        return values[0]
+    return torch.cat(values)[torch.tensor([index for indices in parts for index in indices]).argsort()]
 
 
 def _direction_of_part(part: Batch) -> tuple[Tensor, Tensor]:
     """`direction` of a layer alone, in tiles if it is large, or of several small ones."""
-    flats = _flats(part) if part.weights[0].numel() > TILE else None
+    flats = _flats(part) if part.weights[0].numel() > FEW else None
     if flats is None:
         return _direction(part)
-    return _default_direction(part, flats) if _is_default(part) else _tiled_direction(part, _tiles(part, flats))
+    if _is_default(part):
+        weights, updates = torch.tensor(_default_direction(part, flats), dtype=torch.float64).view(2, 1)
+        return weights, updates
+    return _tiled_direction(part, _tiles(part, flats)) if part.weights[0].numel() > TILE else _direction(part)
 
 
 def apply(batch: Batch, step_sizes: StepSizes) -> None:
@@ -79,8 +101,32 @@ def apply(batch: Batch, step_sizes: StepSizes) -> None:
 def step(
     batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds
 ) -> Norms | None:
-    """See `kernels.batch.Kernel.step`."""
-    return step_in_two_calls(direction, apply, batch, scales, weight_norm_bounds, trust_ratio_bounds)
+    """See `kernels.batch.Kernel.step`. A large layer is applied while the cache still holds some of it."""
+    bounds = weight_norm_bounds, trust_ratio_bounds
+    if not _has_large(batch) or torch.compiler.is_compiling():
+        return step_in_two_calls(direction, apply, batch, scales, *bounds)
+    masters.take_over(batch)
+    parts = _parts(batch)
+    found = [_step_of_part(_some(batch, indices), [scales[index] for index in indices], bounds) for indices in parts]
+    masters.hand_out(batch)
+    if not batch.options.adapt:
+        return None
+    return Norms(*(_in_order(parts, [norms[kind] for norms in found if norms is not None]) for kind in range(3)))
+
+
+def _step_of_part(part: Batch, scales: list[Scalar], bounds: tuple[Bounds, Bounds]) -> Norms | None:
+    """`step` of a layer alone or of several small ones, masters aside."""
+    flats = _flats(part) if part.weights[0].numel() > FEW else None
+    if flats is None or isinstance(scales[0], Tensor) or not _is_default(part):
+        return step_in_two_calls(_direction_of_part, apply, part, scales, *bounds)
+    statistics_found = _default_direction(part, flats)
+    ratio, norms = 1.0, None
+    if part.options.adapt:
+        weight_norm, update_norm = (value**0.5 for value in statistics_found)
+        ratio = equations.trust_ratio_of_numbers(weight_norm, update_norm, *bounds)
+        norms = Norms(*torch.tensor([[weight_norm], [update_norm], [ratio]], dtype=torch.float64))
+    apply(part, [scales[0] * ratio])
+    return norms
 
 
 def _with_factors(batch: Batch, step_sizes: StepSizes) -> Tensor | Sequence[float]:
@@ -150,35 +196,53 @@ def _is_default(batch: Batch) -> bool:
     )
 
 
-def _default_direction(batch: Batch, flats: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """`direction` of one large layer where `_is_default`: `_direction`, without lists and batches of tiles."""
+def _default_direction(batch: Batch, flats: list[Tensor]) -> tuple[float, float]:
+    """`direction` of one layer where `_is_default`: `_direction`, without lists and batches of tiles."""
     options, factor = batch.options, _common_factor(batch)
     beta2, shift = _scalar(options.beta2, batch), options.eps / float(batch.coefficients[0].moment2) ** 0.5
+    decays = options.weight_decay > TINY_DECAY
     update = torch.empty_like(batch.weights[0])
     target = flattened(update)
     assert target is not None, "empty_like of a dense tensor is dense"
-    cuts = [flat.split(TILE) for flat in (*flats, target)]
-    square = torch.empty_like(cuts[0][0])
-    sums = []
-    for weight, grad, moment1, moment2, out in zip(*cuts):
+    norms: tuple[list[Tensor], list[Tensor]] = ([], [])
+    for weight, grad, moment1, moment2, out in zip(*(flat.split(TILE) for flat in (*flats, target))):
         moment1.lerp_(grad, 1 - options.beta1)
         moment2.mul_(beta2).addcmul_(grad, grad, value=1 - options.beta2)
-        torch.sqrt(moment2, out=out).add_(shift)
-        torch.div(moment1, out, out=out)
-        if options.weight_decay != 0:
-            out.add_(weight, alpha=options.weight_decay / factor)
+        # The root: torch's own takes twice as long where MKL computes it, and twenty times of zeros.
+        torch.pow(moment2, -0.5, out=out).reciprocal_().add_(shift)
+        if decays:
+            torch.addcdiv(weight, moment1, out, value=factor / options.weight_decay, out=out)
+        else:
+            torch.div(moment1, out, out=out)
+            if options.weight_decay != 0:
+                out.add_(weight, alpha=options.weight_decay / factor)
         if options.adapt:
-            room = square[: weight.numel()]
-            sums += [torch.mul(weight, weight, out=room).sum(), torch.mul(out, out, out=room).sum()]
+            for tensor, found in zip((weight, out), norms):
+                found += _norms_of_rows(tensor)
     batch.updates = [update]
+    if decays:
+        batch.factors = [options.weight_decay]
+        factor = options.weight_decay
     if not options.adapt:
-        return eager.no_statistics(batch)
-    found = torch.stack(sums).double().view(-1, 2)
-    totals = [
-        values.sum() if in_range(values) else equations.norm_statistic(tensor, "l2")
-        for values, tensor in zip(found.unbind(1), (batch.weights[0], update))
-    ]
-    return totals[0].reshape(1), totals[1].reshape(1) * factor**2
+        return 0.0, 0.0
+    weights, updates = (_total(found, tensor) for found, tensor in zip(norms, (batch.weights[0], update)))
+    return weights, updates * factor**2
+
+
+def _norms_of_rows(flat: Tensor) -> list[Tensor]:
+    """Norms of `ROW` elements each, and of what remains."""
+    rest = flat.numel() % ROW
+    if rest == 0:
+        return [torch.linalg.vector_norm(flat.view(-1, ROW), dim=1)]
+    whole, end = flat.split([flat.numel() - rest, rest])
+    last = [torch.linalg.vector_norm(end.view(1, -1), dim=1)]
+    return [*_norms_of_rows(whole), *last] if len(whole) else last
+
+
+def _total(norms: list[Tensor], tensor: Tensor) -> float:
+    """The sum of squares of a tensor out of the norms of its parts, or once more where float32 lost digits."""
+    norm = torch.linalg.vector_norm(norms[0] if len(norms) == 1 else torch.cat(norms), dtype=torch.float64).item()
+    return norm**2 if 1e-10 < norm < 1e15 else equations.norm_statistic(tensor, "l2").item()
 
 
 def _flats(batch: Batch) -> list[Tensor] | None:

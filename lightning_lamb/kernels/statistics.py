@@ -61,11 +61,6 @@ def combined(values: Tensor, norm: NormKind) -> Tensor:
     return values.max() if norm == "linf" and len(values) else values.sum()
 
 
-def in_range(squares: Tensor) -> bool:
-    """Whether float32 sums of squares of large tiles are right: they overflow above 1e38, lose digits below 1e-38."""
-    return bool(((squares < 1e30) & (squares > 1e-25)).all())
-
-
 def flattened(tensor: Tensor) -> Tensor | None:
     """All elements as one dimension, in memory order and sharing memory; None if they are not dense."""
     if tensor.is_contiguous():

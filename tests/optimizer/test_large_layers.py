@@ -10,7 +10,7 @@ from reference import ReferenceLamb, ReferenceLars, layer_norm
 from tolerances import assert_close, to_numpy
 from torch import nn
 
-from lightning_lamb import Lamb, Lars
+from lightning_lamb import Lamb, Lars, equations
 from lightning_lamb.kernels import foreach, statistics
 from lightning_lamb.optimizers import batches
 
@@ -22,6 +22,8 @@ SIZE = 600  # 600 x 600 elements are more than one tile
 def tiny_tiles(monkeypatch):
     """Every layer of more than 4 elements is cut, the last tile being shorter; batches hold one or two layers."""
     monkeypatch.setattr(foreach, "TILE", 4)
+    monkeypatch.setattr(foreach, "FEW", 3)
+    monkeypatch.setattr(foreach, "ROW", 3)
     monkeypatch.setattr(statistics, "TILE", 3)
     monkeypatch.setattr(batches, "WHOLE_BATCH_BYTES", {"cpu": 200})
 
@@ -33,6 +35,49 @@ def test_lamb_in_tiles_equals_reference_to_1e_12(case):
     parameters = as_parameters(weights, torch.float64)
     optimizer = Lamb(named(parameters), lr=1.0, foreach=True, **LAMB[case])
     walk_together(optimizer, parameters, ReferenceLamb(weights, lr=1.0, **LAMB[case]), "float64", steps=12)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("case", LAMB)
+def test_lamb_in_tiles_equals_reference_in_float32_which_has_a_way_of_its_own(case):
+    weights = layer_weights()
+    parameters = as_parameters(weights, torch.float32)
+    optimizer = Lamb(named(parameters), lr=0.01, foreach=True, **LAMB[case])
+    walk_together(optimizer, parameters, ReferenceLamb(weights, lr=0.01, **LAMB[case]), "float32", steps=12)
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("weight_decay", [0.0, 1e-10, 0.1])
+@pytest.mark.parametrize("size", [1, 4, 12, 13, 23])
+@pytest.mark.parametrize("scale", [0.0, 1e-25, 1.0, 1e18])
+def test_tiles_and_rows_of_every_length_and_magnitude_equal_the_readable_form(size, weight_decay, scale):
+    """Squares of 1e-25 are zero in float32, those of 1e18 add up to infinity."""
+    torch.manual_seed(size)
+    start, grads = torch.randn(size, size) * scale, torch.randn(5, size, size) * (scale or 1.0)
+    ends = []
+    for use_foreach in (False, True):
+        weight = nn.Parameter(start.clone())
+        options = {"exempt_1d": False, "weight_decay": weight_decay, "eps": 1e-6 * (scale or 1.0)}
+        optimizer = Lamb([("w", weight)], lr=0.1, foreach=use_foreach, fused=False, **options)
+        for grad in grads:
+            weight.grad = grad
+            optimizer.step()
+        ends.append({"w": weight.detach() / (scale or 1.0), "ratio": optimizer.trust_ratios["w"] / (scale or 1.0)})
+    assert_close(ends[1], {name: to_numpy(value) for name, value in ends[0].items()}, "float32")
+
+
+@pytest.mark.usefixtures("tiny_tiles")
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_one_tile_spreads_as_in_the_readable_form(value):
+    ends = []
+    for use_foreach in (False, True):
+        weight = nn.Parameter(torch.arange(1.0, 31.0).view(5, 6))
+        weight.grad = torch.ones(5, 6)
+        weight.grad[2, 3] = value
+        optimizer = Lamb([("w", weight)], lr=0.1, foreach=use_foreach, fused=False)
+        optimizer.step()
+        ends.append((weight.detach().isnan(), optimizer.state[weight]["exp_avg"].isfinite()))
+    assert all(torch.equal(one, other) for one, other in zip(*ends))
 
 
 @pytest.mark.usefixtures("tiny_tiles")
@@ -85,3 +130,16 @@ def test_norm_of_millions_of_float32_elements_is_right_to_1e_6(use_foreach):
     optimizer.step()
     assert_close(optimizer.weight_norms["w"], expected[0], "float32")
     assert_close(optimizer.grad_norm, expected[1], "float32")
+
+
+@pytest.mark.parametrize("ratio_bounds", [None, (0.5, 2.0), (0.0, 1.0)])
+@pytest.mark.parametrize("norm_bounds", [None, (0.1, 10.0)])
+def test_the_trust_ratio_of_numbers_is_that_of_tensors(norm_bounds, ratio_bounds):
+    values = [0.0, 1e-300, 0.05, 1.0, 3.0, 1e300, float("inf"), float("nan")]
+    weights, updates = (found.flatten() for found in torch.meshgrid([torch.tensor(values).double()] * 2, indexing="ij"))
+    expected = equations.trust_ratio(weights, updates, norm_bounds, ratio_bounds)
+    found = [
+        equations.trust_ratio_of_numbers(weight, update, norm_bounds, ratio_bounds)
+        for weight, update in zip(weights.tolist(), updates.tolist())
+    ]
+    torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected, rtol=0, atol=0, equal_nan=True)

@@ -175,10 +175,14 @@ def options_of(slot: Slot, optimizer: LayerwiseOptimizer) -> Options:
 
 
 def _parts(slots: list[Slot], limit: int | None) -> Iterator[list[Slot]]:
+    """Slots of at most ``limit`` bytes together, or a larger one alone; large ones between small ones part no others."""
     part: list[Slot] = []
     size = 0
     for slot in slots:
         bytes_here = slot.parameter.numel() * slot.parameter.element_size()
+        if limit is not None and bytes_here > limit:
+            yield [slot]
+            continue
         if part and limit is not None and size + bytes_here > limit:
             yield part
             part, size = [], 0

@@ -175,7 +175,7 @@ def options_of(slot: Slot, optimizer: LayerwiseOptimizer) -> Options:
 
 
 def _parts(slots: list[Slot], limit: int | None) -> Iterator[list[Slot]]:
-    """Slots of at most ``limit`` bytes together, or a larger one alone; large ones between small ones part no others."""
+    """Slots of at most ``limit`` bytes together, or a larger one alone; one between small ones does not part them."""
     part: list[Slot] = []
     size = 0
     for slot in slots:

@@ -17,6 +17,9 @@ from torch import Tensor
 
 from tests.distributed import run_ranks
 
+# The first test waits for all that were selected to be trained: with the slow ones more than a hundred short runs.
+pytestmark = pytest.mark.timeout(1800)
+
 BF16 = (("precision", "bf16-true"),)
 TO_FLOAT32 = {"": (), "bf16-true": BF16}
 MIDDLE = 5

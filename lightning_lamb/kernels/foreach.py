@@ -106,27 +106,30 @@ def step(
     if not _has_large(batch) or torch.compiler.is_compiling():
         return step_in_two_calls(direction, apply, batch, scales, *bounds)
     masters.take_over(batch)
-    parts = _parts(batch)
-    found = [_step_of_part(_some(batch, indices), [scales[index] for index in indices], bounds) for indices in parts]
+    norms = [[0.0] * len(batch.weights) for _ in Norms._fields]
+    for indices in _parts(batch):
+        found = _step_of_part(_some(batch, indices), [scales[index] for index in indices], bounds)
+        for kind, values in enumerate(found):
+            for index, value in zip(indices, values):
+                norms[kind][index] = value
     masters.hand_out(batch)
-    if not batch.options.adapt:
-        return None
-    return Norms(*(_in_order(parts, [norms[kind] for norms in found if norms is not None]) for kind in range(3)))
+    return Norms(*torch.tensor(norms, dtype=torch.float64)) if batch.options.adapt else None
 
 
-def _step_of_part(part: Batch, scales: list[Scalar], bounds: tuple[Bounds, Bounds]) -> Norms | None:
-    """`step` of a layer alone or of several small ones, masters aside."""
+def _step_of_part(part: Batch, scales: list[Scalar], bounds: tuple[Bounds, Bounds]) -> list[list[float]]:
+    """`step` of a layer alone or of several small ones, masters aside; the `Norms` as numbers, if there are any."""
     flats = _flats(part) if part.weights[0].numel() > FEW else None
     if flats is None or isinstance(scales[0], Tensor) or not _is_default(part):
-        return step_in_two_calls(_direction_of_part, apply, part, scales, *bounds)
+        norms = step_in_two_calls(_direction_of_part, apply, part, scales, *bounds)
+        return [] if norms is None else [values.tolist() for values in norms]
     statistics_found = _default_direction(part, flats)
-    ratio, norms = 1.0, None
-    if part.options.adapt:
-        weight_norm, update_norm = (value**0.5 for value in statistics_found)
-        ratio = equations.trust_ratio_of_numbers(weight_norm, update_norm, *bounds)
-        norms = Norms(*torch.tensor([[weight_norm], [update_norm], [ratio]], dtype=torch.float64))
+    if not part.options.adapt:
+        apply(part, scales)
+        return []
+    weight_norm, update_norm = (value**0.5 for value in statistics_found)
+    ratio = equations.trust_ratio_of_numbers(weight_norm, update_norm, *bounds)
     apply(part, [scales[0] * ratio])
-    return norms
+    return [[weight_norm], [update_norm], [ratio]]
 
 
 def _with_factors(batch: Batch, step_sizes: StepSizes) -> Tensor | Sequence[float]:
@@ -199,15 +202,15 @@ def _is_default(batch: Batch) -> bool:
 def _default_direction(batch: Batch, flats: list[Tensor]) -> tuple[float, float]:
     """`direction` of one layer where `_is_default`: `_direction`, without lists and batches of tiles."""
     options, factor = batch.options, _common_factor(batch)
-    beta2, shift = _scalar(options.beta2, batch), options.eps / float(batch.coefficients[0].moment2) ** 0.5
+    shift = options.eps / float(batch.coefficients[0].moment2) ** 0.5
     decays = options.weight_decay > TINY_DECAY
     update = torch.empty_like(batch.weights[0])
     target = flattened(update)
     assert target is not None, "empty_like of a dense tensor is dense"
     norms: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for weight, grad, moment1, moment2, out in zip(*(flat.split(TILE) for flat in (*flats, target))):
+    for weight, grad, moment1, moment2, out in zip(*map(_cut, (*flats, target))):
         moment1.lerp_(grad, 1 - options.beta1)
-        moment2.mul_(beta2).addcmul_(grad, grad, value=1 - options.beta2)
+        moment2.mul_(options.beta2).addcmul_(grad, grad, value=1 - options.beta2)
         # The root: torch's own takes twice as long where MKL computes it, and twenty times of zeros.
         torch.pow(moment2, -0.5, out=out).reciprocal_().add_(shift)
         if decays:
@@ -229,6 +232,11 @@ def _default_direction(batch: Batch, flats: list[Tensor]) -> tuple[float, float]
     return weights, updates * factor**2
 
 
+def _cut(flat: Tensor) -> Sequence[Tensor]:
+    """Its tiles."""
+    return flat.split(TILE) if flat.numel() > TILE else [flat]
+
+
 def _norms_of_rows(flat: Tensor) -> list[Tensor]:
     """Norms of `ROW` elements each, and of what remains."""
     rest = flat.numel() % ROW
@@ -248,6 +256,8 @@ def _total(norms: list[Tensor], tensor: Tensor) -> float:
 def _flats(batch: Batch) -> list[Tensor] | None:
     """Weight, gradient and moments of the batch's one layer in memory order; None if that is not the same for all."""
     tensors = [*batch.weights, *batch.grads, *batch.moments1, *batch.moments2]
+    if all(map(Tensor.is_contiguous, tensors)):
+        return [tensor.view(-1) for tensor in tensors]
     if any(tensor.stride() != tensors[0].stride() for tensor in tensors):
         return None
     flats = [flat for flat in map(flattened, tensors) if flat is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
@@ -96,6 +97,23 @@ def one_of(option: str, value: Any, choices: Iterable[str]) -> str:
     if not isinstance(value, str) or value not in names:
         raise InvalidOptionError(f"{option}={value!r} is not one of: {', '.join(names)}.{did_you_mean(value, names)}")
     return value
+
+
+def regular_expression(option: str, value: str) -> re.Pattern[str]:
+    """Compile a pattern.
+
+    Raises:
+        InvalidOptionError: ``value`` is no regular expression.
+
+    Example:
+        >>> regular_expression("no_decay_names", "bias(")
+        Traceback (most recent call last):
+        lightning_lamb.errors.InvalidOptionError: no_decay_names: 'bias(' is no regular expression (missing ), unterminated subpattern at position 4).
+    """  # noqa: E501  # a doctest's expected message cannot be wrapped
+    try:
+        return re.compile(value)
+    except re.error as error:
+        raise InvalidOptionError(f"{option}: {value!r} is no regular expression ({error}).") from error
 
 
 def options_of_call(option: str, given: Mapping[str, Any], call: Callable[..., Any]) -> dict[str, Any]:

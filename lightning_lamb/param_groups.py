@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_lamb.checks import regular_expression
 from lightning_lamb.errors import InvalidOptionError
 
 NamedParameters = Iterable[tuple[str, Tensor]]
@@ -40,7 +41,7 @@ class GroupRules:
     def __post_init__(self) -> None:
         for option in ("no_decay_names", "no_adapt_names"):
             for pattern in getattr(self, option):
-                _check_expression(option, pattern)
+                regular_expression(option, pattern)
 
 
 def lamb_param_groups(
@@ -124,13 +125,6 @@ def _matching(
             )
         found |= {id(parameter) for module in modules for parameter in module.parameters()}
     return found
-
-
-def _check_expression(option: str, pattern: str) -> None:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise InvalidOptionError(f"{option}: {pattern!r} is no regular expression ({error}).") from error
 
 
 def _is_type(module: nn.Module, kind: str | type) -> bool:

@@ -5,14 +5,13 @@
 from __future__ import annotations
 
 import math
-import re
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lamb.checks import one_of, whole_number
+from lightning_lamb.checks import one_of, regular_expression, whole_number
 from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.lightning_seams import (
     Callback,
@@ -54,10 +53,7 @@ class TrustRatioMonitor(Callback):
     ) -> None:
         super().__init__()
         self.quantities = list(SOURCE) if quantities is None else [one_of("quantities", q, SOURCE) for q in quantities]
-        try:
-            self.layers = re.compile(layers or "")
-        except re.error as error:
-            raise InvalidOptionError(f"layers={layers!r} is no regular expression: {error}.") from error
+        self.layers = regular_expression("layers", layers or "")
         self.patience = whole_number("patience", patience)
         self._steps_on_bound: dict[str, int] = {}
         self._warned: set[tuple[str, str]] = set()

@@ -74,13 +74,12 @@ def _in_order(parts: list[list[int]], values: list[Tensor]) -> Tensor:
 
 def _direction_of_part(part: Batch) -> tuple[Tensor, Tensor]:
     """`direction` of a layer alone, in tiles if it is large, or of several small ones."""
-    flats = _flats(part) if part.weights[0].numel() > FEW else None
-    if flats is None:
-        return _direction(part)
-    if _is_default(part):
+    flats = _default_flats(part)
+    if flats is not None:
         weights, updates = torch.tensor(_default_direction(part, flats), dtype=torch.float64).view(2, 1)
         return weights, updates
-    return _tiled_direction(part, _tiles(part, flats)) if part.weights[0].numel() > TILE else _direction(part)
+    flats = _flats(part) if part.weights[0].numel() > TILE else None
+    return _direction(part) if flats is None else _tiled_direction(part, _tiles(part, flats))
 
 
 def apply(batch: Batch, step_sizes: StepSizes) -> None:
@@ -118,8 +117,8 @@ def step(
 
 def _step_of_part(part: Batch, scales: list[Scalar], bounds: tuple[Bounds, Bounds]) -> list[list[float]]:
     """`step` of a layer alone or of several small ones, masters aside; the `Norms` as numbers, if there are any."""
-    flats = _flats(part) if part.weights[0].numel() > FEW else None
-    if flats is None or isinstance(scales[0], Tensor) or not _is_default(part):
+    flats = _default_flats(part)
+    if flats is None or isinstance(scales[0], Tensor):
         norms = step_in_two_calls(_direction_of_part, apply, part, scales, *bounds)
         return [] if norms is None else [values.tolist() for values in norms]
     statistics_found = _default_direction(part, flats)
@@ -197,6 +196,11 @@ def _is_default(batch: Batch) -> bool:
         and _plain_and_alike(batch.coefficients)
         and not torch.compiler.is_compiling()
     )
+
+
+def _default_flats(part: Batch) -> list[Tensor] | None:
+    """The `_flats` of one large layer where `_is_default`; None where `_default_direction` is not the way."""
+    return _flats(part) if part.weights[0].numel() > FEW and _is_default(part) else None
 
 
 def _default_direction(batch: Batch, flats: list[Tensor]) -> tuple[float, float]:

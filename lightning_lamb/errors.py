@@ -39,5 +39,9 @@ class ConflictError(LightningLambError, RuntimeError):
     """Two parts of the training set-up would both do the same thing (clip, accumulate, scale)."""
 
 
+class PromiseError(LightningLambError, RuntimeError):
+    """A number that LargeBatch announced is not the number that trains."""
+
+
 class MissingDependencyError(LightningLambError, ImportError):
     """An optional package that this feature needs is not installed."""

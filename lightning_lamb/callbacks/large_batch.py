@@ -25,6 +25,7 @@ from lightning_lamb.callbacks.micro_batch import (
 )
 from lightning_lamb.callbacks.plan_change import length_from, plan_differences, refuse_changed_plan, warm_up_again
 from lightning_lamb.callbacks.position import Position, write_position
+from lightning_lamb.callbacks.promise import Check, Promise
 from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.callbacks.stage_options import StageOptions
 from lightning_lamb.callbacks.state_names import name_optimizer_states
@@ -92,6 +93,7 @@ class LargeBatch(Callback):
             of seed and epoch, and random numbers and position are saved. False: dataloaders and random numbers are left
             alone, and a resumed run begins the data of its epoch anew, unless the dataloader is stateful.
         log_window_loss: Log the mean loss over everything in a window, on all ranks, under this name. None: do not.
+        check: What to do when a number that was announced is not the one that trains: "error", "warn" or "off".
 
     Raises:
         BatchSizeError: The global batch does not divide, the accumulation is longer than an epoch, or the micro-batch
@@ -121,6 +123,7 @@ class LargeBatch(Callback):
         rewarm_steps: int | None = None,
         exact_resume: bool = True,
         log_window_loss: str | None = "train_loss_window",
+        check: Check = "error",
     ) -> None:
         super().__init__()
         given = (global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling)
@@ -150,6 +153,7 @@ class LargeBatch(Callback):
         self._resume = ExactResume(exact_resume)
         self._rewarm_at: int | None = None
         self._position: Position | None = None
+        self._promise = Promise(check)
 
     # ---- before the optimizers exist
 

@@ -12,9 +12,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any
+from typing import Any, TypeVar
 
 from lightning_lamb.errors import InvalidOptionError
+
+Choice = TypeVar("Choice", bound=str)
 
 
 def whole_number(option: str, value: Any, *, at_least: int = 1) -> int:
@@ -82,7 +84,7 @@ def finite_number(
     return number
 
 
-def one_of(option: str, value: Any, choices: Iterable[str]) -> str:
+def one_of(option: str, value: Choice, choices: Iterable[str]) -> Choice:
     """Check a choice among names; the message lists them and proposes the nearest.
 
     Raises:

@@ -131,16 +131,13 @@ class LargeBatch(Callback):
         self.rules = BatchRules.of(*given, recipe) if self.stage_options is None else self.stage_options.rules
         one_size = micro_batch_size if self.stage_options is None else None
         self.micro_batch_size = None if one_size is None else whole_number("micro_batch_size", one_size)
-        one_of("loss_reduction", loss_reduction, ("mean", "sum"))
-        one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
-        one_of("on_plan_change", on_plan_change, ("error", "adopt", "rewarm"))
         if rewarm_steps is not None and on_plan_change != "rewarm":
             raise InvalidOptionError(f'rewarm_steps={rewarm_steps} has no effect without on_plan_change="rewarm".')
         self.rewarm_steps = None if rewarm_steps is None else whole_number("rewarm_steps", rewarm_steps)
         self.exact_windows = exact_windows
-        self.loss_reduction = loss_reduction
-        self.scheduler_interval = scheduler_interval
-        self.on_plan_change = on_plan_change
+        self.loss_reduction = one_of("loss_reduction", loss_reduction, ("mean", "sum"))
+        self.scheduler_interval = one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
+        self.on_plan_change = one_of("on_plan_change", on_plan_change, ("error", "adopt", "rewarm"))
         self.derived: DerivedBatch | None = None
         self.plan: StagedBatches | None = None
         self.stage = 0

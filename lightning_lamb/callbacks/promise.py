@@ -24,7 +24,7 @@ class Promise:
     """
 
     def __init__(self, check: Check) -> None:
-        self.check: Check = one_of("check", check, ("error", "warn", "off"))  # type: ignore[assignment]
+        self.check = one_of("check", check, ("error", "warn", "off"))
         self.is_first_window = True
         """Whether the present window is the first of a fit, of a stage or after a checkpoint."""
         self._told: set[str] = set()

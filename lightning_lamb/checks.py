@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from lightning_lamb.errors import InvalidOptionError
 
@@ -95,8 +95,8 @@ def one_of(option: str, value: Choice, choices: Iterable[str]) -> Choice:
         Traceback (most recent call last):
         lightning_lamb.errors.InvalidOptionError: lr_scaling='squrt' is not one of: sqrt, linear, none. Did you mean 'sqrt'?
     """  # noqa: E501  # a doctest's expected message cannot be wrapped
-    names = list(choices)
-    if not isinstance(value, str) or value not in names:
+    names, given = list(choices), cast("Any", value)  # YAML may hold anything
+    if not isinstance(given, str) or value not in names:
         raise InvalidOptionError(f"{option}={value!r} is not one of: {', '.join(names)}.{did_you_mean(value, names)}")
     return value
 

@@ -11,9 +11,19 @@ from lightning_lamb.errors import ConflictError
 from lightning_lamb.lightning_seams import LightningModule, Trainer, inner_optimizer
 
 # Compared by name, because the two Lightning packages have a class of that name each.
-REWRITES_ACCUMULATION = {
-    "GradientAccumulationScheduler": "remove it: LargeBatch sets the accumulation from the global batch",
-    "StochasticWeightAveraging": "use Lightning's WeightAveraging callback, which leaves the accumulation alone",
+DECIDES_TOO = {
+    "GradientAccumulationScheduler": (
+        "set accumulate_grad_batches",
+        "remove it: LargeBatch sets the accumulation from the global batch",
+    ),
+    "StochasticWeightAveraging": (
+        "set accumulate_grad_batches",
+        "use Lightning's WeightAveraging callback, which leaves the accumulation alone",
+    ),
+    "BatchSizeFinder": (
+        "decide about the micro-batch",
+        "remove it. Run it, or Tuner.scale_batch_size, without LargeBatch, and give LargeBatch its micro_batch_size",
+    ),
 }
 
 
@@ -35,9 +45,9 @@ def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation
             "training_step (lightning_lamb.scaling.accumulate_grad_batches tells how often), or switch to automatic."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for name, remedy in REWRITES_ACCUMULATION.items():
+        for name, (what, remedy) in DECIDES_TOO.items():
             if any(kind.__name__ == name for kind in type(callback).__mro__):
-                raise ConflictError(f"LargeBatch and {name} both set accumulate_grad_batches: {remedy}.")
+                raise ConflictError(f"LargeBatch and {name} both {what}: {remedy}.")
     if trainer.accumulate_grad_batches not in (1, own_accumulation):
         raise ConflictError(
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) and LargeBatch both set the "

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal
 
 from torch import Tensor
@@ -16,15 +17,9 @@ from lightning_lamb.callbacks.conflicts import refuse_conflicts, refuse_double_c
 from lightning_lamb.callbacks.exact_resume import ExactResume
 from lightning_lamb.callbacks.learning_rate import multiply_learning_rates
 from lightning_lamb.callbacks.live_parameters import LiveParameters
-from lightning_lamb.callbacks.micro_batch import (
-    data_comes_from_module,
-    declared_micro_batch,
-    micro_batch_of_loaders,
-    refuse_other_micro_batch,
-    refuse_short_epoch,
-)
 from lightning_lamb.callbacks.plan_change import length_from, plan_differences, refuse_changed_plan, warm_up_again
 from lightning_lamb.callbacks.position import Position, write_position
+from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
 from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.callbacks.stage_options import StageOptions
@@ -33,12 +28,12 @@ from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_ba
 from lightning_lamb.callbacks.window_loss import WindowLoss
 from lightning_lamb.callbacks.windows import WindowMean
 from lightning_lamb.checks import one_of, whole_number
-from lightning_lamb.errors import BatchSizeError, ConflictError, InvalidOptionError
+from lightning_lamb.errors import ConflictError, InvalidOptionError
+from lightning_lamb.lightning_data_seams import after_setup
 from lightning_lamb.lightning_seams import (
     Callback,
     LightningModule,
     Trainer,
-    data_parallel_size,
     drop_train_data_before_resume,
     end_epoch,
     inner_optimizer,
@@ -48,7 +43,6 @@ from lightning_lamb.lightning_seams import (
     rank_zero_info,
     strategy_accumulates,
 )
-from lightning_lamb.scaling import accumulate_grad_batches
 from lightning_lamb.sharding.annotate import annotate
 
 POSITION_KEY = "lightning_lamb_position"
@@ -73,7 +67,7 @@ class LargeBatch(Callback):
         warmup_steps: Warm-up in optimizer steps, instead of warmup_fraction.
         lr_scaling: How the learning rate follows the batch: "sqrt", "linear" or "none".
         micro_batch_size: Samples per forward pass and rank; with stages, or a recipe that has some, also a list of one
-            per stage. None: read from the data module or the dataloader.
+            per stage. It wins over what data modules say. None: read from data module or dataloader, after every setup.
         recipe: Name of a recipe (see `plan --help`) that gives what is left out above, but no sequence lengths.
         stages: A training in stages, instead of global_batch_size: a list of BatchStage or of dicts of its fields. The
             Trainer's max_steps is set to their total.
@@ -130,7 +124,8 @@ class LargeBatch(Callback):
         self.stage_options = StageOptions.of(*given, recipe, stages, doublings, total_samples, micro_batch_size)
         self.rules = BatchRules.of(*given, recipe) if self.stage_options is None else self.stage_options.rules
         one_size = micro_batch_size if self.stage_options is None else None
-        self.micro_batch_size = None if one_size is None else whole_number("micro_batch_size", one_size)
+        micro = None if one_size is None else whole_number("micro_batch_size", one_size)
+        self._batch = PresentBatch(self.rules, self.stage_options, micro)
         if rewarm_steps is not None and on_plan_change != "rewarm":
             raise InvalidOptionError(f'rewarm_steps={rewarm_steps} has no effect without on_plan_change="rewarm".')
         self.rewarm_steps = None if rewarm_steps is None else whole_number("rewarm_steps", rewarm_steps)
@@ -138,15 +133,12 @@ class LargeBatch(Callback):
         self.loss_reduction = one_of("loss_reduction", loss_reduction, ("mean", "sum"))
         self.scheduler_interval = one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
         self.on_plan_change = one_of("on_plan_change", on_plan_change, ("error", "adopt", "rewarm"))
-        self.derived: DerivedBatch | None = None
-        self.plan: StagedBatches | None = None
-        self.stage = 0
         self._before: LiveParameters | None = None
         self._window: WindowMean | None = None
         self.log_window_loss = log_window_loss
         self._window_loss: WindowLoss | None = None
         self._restored: dict[str, Any] = {}
-        self._batches: list[DerivedBatch] = []
+        self._forget_setup: Callable[[], None] = lambda: None
         self._resume = ExactResume(exact_resume)
         self._rewarm_at: int | None = None
         self._position: Position | None = None
@@ -158,59 +150,35 @@ class LargeBatch(Callback):
         """Refuses conflicts and sets the accumulation, which strategies read when they are set up."""
         if stage != "fit":
             return
-        own = None if self.derived is None else self.derived.accumulate_grad_batches
-        refuse_conflicts(trainer, pl_module, own)
-        trainer.accumulate_grad_batches = 1
-        self.derived, self.plan, self.stage, self._restored = None, None, 0, {}
-        self._rewarm_at, self._position = None, None
+        refuse_conflicts(trainer, pl_module, self._batch.accumulation)
+        self._batch.begin(trainer)
+        self._rewarm_at, self._position, self._restored = None, None, {}
         self._before = LiveParameters(pl_module)
-        if self.stage_options is not None:
-            self._batches = []
-            self.plan = self.stage_options.plan(trainer)
-            stage_switch.fit_length(trainer, self.plan)
-            stage_switch.refuse_impossible_data(trainer, pl_module, self.plan)
-        if self._declared_micro_batch(trainer) is not None or not data_comes_from_module(trainer):
-            self._set_accumulation(trainer)
-        elif strategy_accumulates(trainer):
-            raise BatchSizeError(
-                f"{type(trainer.strategy).__name__} must know the accumulation before the module's dataloader exists: "
-                "give LargeBatch(micro_batch_size=...)."
-            )
+        self._forget_setup()
+        self._forget_setup = after_setup(trainer, lambda: self._batch.derive(trainer, pl_module))
 
-    def _set_accumulation(self, trainer: Trainer) -> DerivedBatch:
-        """Derives the accumulation, once per ``fit``. Loads the dataloader if nothing else tells the micro-batch."""
-        if self.derived is None:
-            ranks = data_parallel_size(trainer)
-            if self.stage_options is not None and self.plan is not None:
-                self._batches = self.stage_options.batches(trainer, self.plan, ranks)
-                self._enter_stage(trainer, 0)
-                assert self.derived is not None
-                return self.derived
-            micro = declared_micro_batch(trainer, self.micro_batch_size)
-            micro = micro_batch_of_loaders(trainer) if micro is None else micro
-            steps = accumulate_grad_batches(self.rules.global_batch_size, micro, ranks)
-            trainer.accumulate_grad_batches = steps
-            self.derived = DerivedBatch(self.rules.global_batch_size, micro, ranks, steps)
-        return self.derived
+    @property
+    def derived(self) -> DerivedBatch | None:
+        """The numbers that train now; None before a ``fit`` was set up."""
+        return self._batch.derived
 
-    def _declared_micro_batch(self, trainer: Trainer) -> int | None:
-        """The micro-batch that is known without making a dataloader, in the first stage if there are stages."""
-        if self.stage_options is None or self.plan is None:
-            return declared_micro_batch(trainer, self.micro_batch_size)
-        return self.stage_options.declared_micro_batch(trainer, 0)
+    @property
+    def plan(self) -> StagedBatches | None:
+        """The stages with their steps, if there are stages."""
+        return self._batch.plan
+
+    @property
+    def stage(self) -> int:
+        """The index of the present stage."""
+        return self._batch.stage
 
     # ---- stages
 
     def _enter_stage(self, trainer: Trainer, index: int) -> None:
-        """Sets accumulation and data of a stage. The learning rate is the schedule's, a function of the step."""
-        assert self.plan is not None
-        batch = self._batches[index]
-        rates = () if self.derived is None else self.derived.learning_rates
-        self.stage, self.derived = index, dataclasses.replace(batch, learning_rates=rates)
-        trainer.accumulate_grad_batches = batch.accumulate_grad_batches
-        stage_switch.apply_stage(trainer, self.plan.stages[index], batch.micro_batch_size)
+        """Sets accumulation, data and counting of a stage."""
+        self._batch.enter(trainer, index)
         if self._window is not None:
-            self._window = WindowMean(batch.micro_batch_size, self.loss_reduction)
+            self._window = WindowMean(self._batch.batches[index].micro_batch_size, self.loss_reduction)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -229,20 +197,19 @@ class LargeBatch(Callback):
         self._enter_stage(trainer, self.plan.at(trainer.global_step))
         stage = self.plan.stages[self.stage]
         stage_switch.reload_data(trainer, stage)
-        text = describe_batch(self._batches[self.stage]) + "".join(f", {n}={v}" for n, v in stage.data.items())
+        text = describe_batch(self._batch.batches[self.stage]) + "".join(f", {n}={v}" for n, v in stage.data.items())
         rank_zero_info(f"LargeBatch: step {trainer.global_step}, stage {self.stage + 1}: {text}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Checks and takes over the data of a stage that began."""
-        if self.plan is not None and not trainer.sanity_checking:  # type: ignore[attr-defined]
-            self._check_data(trainer)
+        """Checks and takes over the data of an epoch that begins."""
+        self._batch.check(trainer)
         self._resume.take_loaders(trainer)
 
     # ---- between the optimizers and the checkpoint
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Repairs, scales and schedules the fresh optimizer; a checkpoint is restored over it afterwards."""
-        derived = self._set_accumulation(trainer)
+        derived = self._batch.derive(trainer, pl_module)
         annotate(module_that_knows(trainer, pl_module))
         optimizers = [inner_optimizer(optimizer) for optimizer in trainer.optimizers]
         if self._before is not None and not is_deepspeed(trainer):
@@ -257,7 +224,7 @@ class LargeBatch(Callback):
         rates = tuple(float(group.get("initial_lr", group["lr"])) for group in optimizers[0].param_groups)
         stages = None if self.plan is None else self.plan.schedule()
         total, ramp = schedule.complete(trainer, self.rules, stages, adopts=self._follows_own_plan)
-        self.derived = derived = dataclasses.replace(
+        self._batch.derived = derived = dataclasses.replace(
             derived, learning_rates=rates, lr_factor=factor, warmup_steps=ramp, total_steps=total
         )
         if self.exact_windows and not strategy_accumulates(trainer):
@@ -278,7 +245,7 @@ class LargeBatch(Callback):
             "windows": describe_windows(None if self._window is None else self.loss_reduction),
         }
         if self.plan is not None:
-            rank_zero_info(describe_stages(self._batches, self.plan.table(), **texts))
+            rank_zero_info(describe_stages(self._batch.batches, self.plan.table(), **texts))
         else:
             rank_zero_info(describe(derived, lr_rule=self.rules.describe_lr(), **texts))
 
@@ -297,10 +264,10 @@ class LargeBatch(Callback):
         differences = [] if saved is None else plan_differences(self.rules, self.plan, saved)
         if self.on_plan_change == "error":
             refuse_changed_plan(differences, self.plan)
-        derived = self._set_accumulation(trainer)
+        derived = self._batch.derive(trainer, pl_module)
         if self.plan is not None and self.plan.at(step) != self.stage:
             self._enter_stage(trainer, self.plan.at(step))
-            derived = self._set_accumulation(trainer)
+            derived = self._batch.derive(trainer, pl_module)
         if saved is None:
             return
         self._rewarm_at = saved["rewarm_at"] if not differences else step if self.on_plan_change == "rewarm" else None
@@ -330,10 +297,12 @@ class LargeBatch(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """A checkpoint that is saved now must not wait for other ranks."""
         self._resume.is_failing = True
+        self._forget_setup()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the plan against the data that was loaded, before the first micro-batch."""
-        derived = self._check_data(trainer)
+        derived = self._batch.derive(trainer, pl_module)
+        self._batch.check(trainer)
         restored = self._restored.get("lr_factor", derived.lr_factor)
         if restored != derived.lr_factor:  # only with on_plan_change="adopt"
             factor = derived.lr_factor / restored
@@ -343,14 +312,6 @@ class LargeBatch(Callback):
             warm_up_again(trainer, self._rewarm_at, total, self.rewarm_steps)
         self._restored = {}
         self._resume.start(trainer, pl_module)
-
-    def _check_data(self, trainer: Trainer) -> DerivedBatch:
-        """Compares the dataloader that was made with the batch that was planned."""
-        derived = self._set_accumulation(trainer)
-        refuse_other_micro_batch(trainer, derived.micro_batch_size)
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            refuse_short_epoch(trainer.num_training_batches, derived)
-        return derived
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, strings and dicts only, so that ``torch.load(weights_only=True)`` reads it."""

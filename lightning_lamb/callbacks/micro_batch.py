@@ -1,71 +1,115 @@
-"""How many samples is one micro-batch? Read from the data, and compared with what the user said."""
+"""How many samples is one micro-batch? What the user says, or what the data says; then compared with the loaders."""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_lamb.callbacks.summary import DerivedBatch
 from lightning_lamb.errors import BatchSizeError
-from lightning_lamb.lightning_seams import LightningModule, Trainer, load_train_data, train_data_source
+from lightning_lamb.lightning_data_seams import combines_in_turn, loaders_in_sight, make_train_loaders
+from lightning_lamb.lightning_seams import Trainer, train_data_source
 
 
-def declared_micro_batch(trainer: Trainer, given: int | None) -> int | None:
-    """The micro-batch that is known without making a dataloader.
+def declared_micro_batch(trainer: Trainer) -> int | None:
+    """The micro-batch that data module or module declare, before a dataloader exists.
 
     Args:
-        trainer: after its data module's ``setup``.
-        given: LargeBatch's own ``micro_batch_size``.
+        trainer: after every ``setup``, which may still change what is declared.
 
     Returns:
-        ``given``, or ``batch_size`` of the data module (of the module, if that makes the loader) or of its
-        hyper-parameters; None if none of them is there.
+        ``batch_size`` of whoever makes the loader, as attribute or hyper-parameter. None if there is neither, if they
+        differ, or if the loaders exist already: then these tell.
 
     Raises:
-        BatchSizeError: the data module says something else than ``given``.
+        BatchSizeError: it is no number of samples.
     """
+    if loaders_in_sight(trainer) is not None:
+        return None
     source = train_data_source(trainer)
-    declared = getattr(source, "hparams", {}).get("batch_size") if hasattr(source, "train_dataloader") else None
-    if declared is None and hasattr(source, "train_dataloader"):
-        declared = getattr(source, "batch_size", None)
-    declared = declared if isinstance(declared, int) else None
-    if given is not None and declared is not None and given != declared:
-        raise BatchSizeError(
-            f"micro_batch_size={given}, but {type(source).__name__}.batch_size={declared}: the accumulation would be "
-            "wrong. Make them equal, or leave micro_batch_size out to take the latter."
-        )
-    return given if given is not None else declared
+    hparams = getattr(source, "hparams", {})
+    found = [getattr(source, "batch_size", None), hparams.get("batch_size") if hasattr(hparams, "get") else None]
+    numbers = {size for size in map(_whole, found) if size is not None}
+    if len(numbers) != 1:
+        return None
+    size = numbers.pop()
+    if size < 1:
+        raise BatchSizeError(f"{type(source).__name__}.batch_size={size} is no micro-batch: it must be at least 1.")
+    return size
 
 
 def micro_batch_of_loaders(trainer: Trainer) -> int:
-    """The micro-batch of the training dataloader, which is loaded for it.
+    """The micro-batch of the training dataloaders, which are made for it if they do not exist yet.
 
     Raises:
-        BatchSizeError: it does not tell, or there are several loaders that differ.
+        BatchSizeError: they do not tell, or they differ.
     """
-    sizes = {loader_batch_size(loader) for loader in load_train_data(trainer)}
-    if len(sizes) == 1 and None not in sizes:
-        return int(next(iter(sizes)))  # type: ignore[arg-type]
-    found = "several dataloaders of different sizes" if len(sizes) > 1 else "a dataloader without a batch_size"
+    loaders = loaders_in_sight(trainer)
+    sizes = [loader_batch_size(loader) for loader in (make_train_loaders(trainer) if loaders is None else loaders)]
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(sizes) and len(set(known)) == 1:
+        return known[0]
+    if len(known) < len(sizes) or not known:
+        raise BatchSizeError(
+            "LargeBatch cannot tell the micro-batch size: training uses a dataloader without a batch_size. "
+            "Give LargeBatch(micro_batch_size=...), the samples per forward pass and rank."
+        )
+    _refuse_unlike_in_turn(trainer, known)
     raise BatchSizeError(
-        f"LargeBatch cannot tell the micro-batch size: training uses {found}. "
-        "Give LargeBatch(micro_batch_size=...), the samples per forward pass and rank."
+        f"LargeBatch cannot tell the micro-batch size: training uses several dataloaders of different sizes, {known}. "
+        f"Say which samples count: LargeBatch(micro_batch_size=...) with {_choices(known)}."
     )
 
 
-def refuse_other_micro_batch(trainer: Trainer, micro_batch_size: int) -> None:
-    """Compares the dataloader that training will use with the micro-batch that was planned with.
+def refuse_other_micro_batch(trainer: Trainer, micro_batch_size: int, told_by: str) -> None:
+    """Compares the dataloaders that training will use with the micro-batch that was planned with.
+
+    Args:
+        trainer: loaders that do not exist yet are not made for it.
+        micro_batch_size: samples per forward pass and rank, as planned.
+        told_by: where that number is from, e.g. "LargeBatch(micro_batch_size=8)" or "Data.batch_size".
 
     Raises:
-        BatchSizeError: it has another size. A loader that does not tell its size is trusted.
+        BatchSizeError: they have another size. A loader that does not tell is trusted here; what arrives is counted.
     """
-    for loader in load_train_data(trainer):
-        size = loader_batch_size(loader)
-        if size is not None and size != micro_batch_size:
-            raise BatchSizeError(
-                f"LargeBatch planned with micro_batch_size={micro_batch_size}, but the training dataloader gives "
-                f"batches of {size}: the global batch would be {size / micro_batch_size:g} times "
-                "what was asked for. Make them equal."
-            )
+    sizes = [loader_batch_size(loader) for loader in loaders_in_sight(trainer) or []]
+    known = [size for size in sizes if size is not None]
+    if len(set(known)) > 1:
+        _refuse_unlike_in_turn(trainer, known)
+    if not known or set(known) == {micro_batch_size}:
+        return
+    if len(sizes) == 1:
+        raise BatchSizeError(
+            f"LargeBatch planned with micro_batch_size={micro_batch_size} ({told_by}), but the training dataloader "
+            f"gives batches of {known[0]}: the global batch would be {known[0] / micro_batch_size:g} times what was "
+            f"asked for. Give LargeBatch(micro_batch_size={known[0]}), which wins over everything else, or make the "
+            f"dataloader give {micro_batch_size}."
+        )
+    if len(known) == len(sizes) and micro_batch_size not in counted_sizes(known):
+        raise BatchSizeError(
+            f"LargeBatch planned with micro_batch_size={micro_batch_size} ({told_by}), but the training dataloaders "
+            f"give batches of {known}. Say which samples count: LargeBatch(micro_batch_size=...) with "
+            f"{_choices(known)}."
+        )
+
+
+def refuse_changed_loader(trainer: Trainer, micro_batch_size: int) -> None:
+    """Refuses a loader that was made anew with another batch size, at the start of an epoch.
+
+    Raises:
+        BatchSizeError: the accumulation would be wrong from here on.
+    """
+    sizes = [loader_batch_size(loader) for loader in loaders_in_sight(trainer) or []]
+    known = [size for size in sizes if size is not None]
+    if known and micro_batch_size not in counted_sizes(known):
+        every = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
+        raise BatchSizeError(
+            f"the training dataloader of epoch {trainer.current_epoch} gives batches of "
+            f"{known[0] if len(known) == 1 else known}, and those before gave {micro_batch_size} "
+            f"(Trainer(reload_dataloaders_every_n_epochs={every})): LargeBatch accumulates for one micro-batch size. "
+            "Keep it, or let the batch change at exact steps: LargeBatch(stages=[...]), each with its micro_batch_size."
+        )
 
 
 def refuse_short_epoch(batches: float, derived: DerivedBatch) -> None:
@@ -87,14 +131,37 @@ def refuse_short_epoch(batches: float, derived: DerivedBatch) -> None:
         )
 
 
-def data_comes_from_module(trainer: Trainer) -> bool:
-    """Whether the LightningModule itself makes the dataloader; then its ``setup`` must run first."""
-    return isinstance(train_data_source(trainer), LightningModule)
-
-
 def loader_batch_size(loader: Any) -> int | None:
     """The samples per batch of a dataloader, or None if it does not tell."""
-    size = getattr(loader, "batch_size", None)
-    if size is None:
-        size = getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    return size if isinstance(size, int) else None
+    size = _whole(getattr(loader, "batch_size", None))
+    return _whole(getattr(getattr(loader, "batch_sampler", None), "batch_size", None)) if size is None else size
+
+
+def counted_sizes(sizes: Sequence[int]) -> list[int]:
+    """What may be called the micro-batch of several loaders at once: the size of one of them, or the sum of all."""
+    return sorted({*sizes, sum(sizes)})
+
+
+def _choices(sizes: Sequence[int]) -> str:
+    """Those numbers, for a message."""
+    each = ", ".join(str(size) for size in sorted(set(sizes)))
+    return f"{each} (that loader's samples) or {sum(sizes)} (all)"
+
+
+def _refuse_unlike_in_turn(trainer: Trainer, sizes: Sequence[int]) -> None:
+    """Refuses loaders of different sizes that are used one after the other: no accumulation fits both."""
+    if combines_in_turn(trainer):
+        raise BatchSizeError(
+            f"the CombinedLoader's mode is 'sequential', and its dataloaders give batches of {list(sizes)}: LargeBatch "
+            "accumulates for one micro-batch size. Give them the same batch_size."
+        )
+
+
+def _whole(value: Any) -> int | None:
+    """A whole number of any kind (Python's, numpy's), or None."""
+    if isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # a tensor of several numbers
+        return None

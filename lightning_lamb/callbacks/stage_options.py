@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from lightning_lamb.callbacks.batch_stages import (
@@ -38,8 +39,8 @@ class StageOptions:
     rules: BatchRules
     total_samples: int | None = None
     micro_batch_sizes: tuple[int, ...] = ()
-    declared: int | None = None
-    """What the data module said before a stage changed it."""
+    _data: tuple[Callable[[], Any], int] | None = dataclasses.field(default=None, compare=False)
+    """Who makes the dataloader (a weak reference), and the micro-batch it told before a stage changed it."""
 
     @classmethod
     def of(
@@ -90,39 +91,59 @@ class StageOptions:
         plan.schedule()  # refuses a warm-up that is too long
         return plan
 
-    def declared_micro_batch(self, trainer: Trainer, index: int) -> int | None:
-        """The micro-batch of a stage that is known without making a dataloader."""
+    def _micro_batches(self, trainer: Trainer) -> list[int]:
+        """The micro-batch of every stage: as given, else as the data says."""
         if self.micro_batch_sizes:
-            return self.micro_batch_sizes[index if len(self.micro_batch_sizes) > 1 else 0]
+            return list(self.micro_batch_sizes) * (1 if len(self.micro_batch_sizes) > 1 else len(self.stages))
         given = [stage.micro_batch_size for stage in self.stages]
-        if given[index] is None and (self.declared is None or not any(given)):
-            self.declared = declared_micro_batch(trainer, None)
-        return self.declared if given[index] is None else given[index]
+        if all(size is not None for size in given):
+            return [size for size in given if size is not None]
+        source = train_data_source(trainer)
+        # Where stages write the data module's batch_size, a second fit would find what the last stage set.
+        if self._data is None or self._data[0]() is not source or not any(given):
+            told = declared_micro_batch(trainer) or micro_batch_of_loaders(trainer)
+            self._data = (weakref.ref(source) if hasattr(source, "train_dataloader") else lambda: None, told)
+        return [self._data[1] if size is None else size for size in given]
 
     def batches(self, trainer: Trainer, plan: StagedBatches, ranks: int) -> list[DerivedBatch]:
         """Shares every stage's batch out among ranks and accumulation.
 
+        Args:
+            trainer: after every ``setup``; its dataloader is made if nothing else tells the micro-batch.
+            plan: the stages with their steps.
+            ranks: that see different samples.
+
         Raises:
             BatchSizeError: one does not divide, or the micro-batch cannot change; the message shows the plan.
         """
+        sizes = self._micro_batches(trainer)
+        _refuse_fixed_micro_batch(trainer, sizes)
         found = []
-        for index, stage in enumerate(plan.stages):
-            size = self.declared_micro_batch(trainer, index)
-            size = micro_batch_of_loaders(trainer) if size is None else size
+        for index, (stage, size) in enumerate(zip(plan.stages, sizes, strict=True)):
             try:
                 accumulation = accumulate_grad_batches(stage.global_batch_size, size, ranks)
             except BatchSizeError as error:
                 raise BatchSizeError(f"stages[{index}]: {error}\n{plan.table()}") from None
             found.append(DerivedBatch(stage.global_batch_size, size, ranks, accumulation, total_steps=plan.total_steps))
-        if len({batch.micro_batch_size for batch in found}) > 1:
-            source = train_data_source(trainer)
-            if not (hasattr(source, "batch_size") or "batch_size" in getattr(source, "hparams", {})):
-                raise BatchSizeError(
-                    f"the stages have micro-batches of {[batch.micro_batch_size for batch in found]}, but "
-                    f"{type(source).__name__} has no batch_size that could be set. Read self.batch_size in "
-                    "train_dataloader, or use one micro-batch size."
-                )
         return found
+
+
+def _refuse_fixed_micro_batch(trainer: Trainer, sizes: list[int]) -> None:
+    """Refuses micro-batches that differ between the stages where nothing can change them."""
+    source = train_data_source(trainer)
+    if len(set(sizes)) == 1:
+        return
+    if not hasattr(source, "train_dataloader"):
+        raise BatchSizeError(
+            f"the stages have micro-batches of {sizes}, but fit was given a {type(source).__name__}, whose batch size "
+            "cannot change. Give fit a LightningDataModule that reads self.batch_size in train_dataloader, or use one "
+            "micro-batch size."
+        )
+    if not (hasattr(source, "batch_size") or "batch_size" in getattr(source, "hparams", {})):
+        raise BatchSizeError(
+            f"the stages have micro-batches of {sizes}, but {type(source).__name__} has no batch_size that could be "
+            "set. Read self.batch_size in train_dataloader, or use one micro-batch size."
+        )
 
 
 def _changes_batch(recipe: str) -> bool:

@@ -89,15 +89,6 @@ def test_a_global_batch_that_does_not_divide_names_the_nearest() -> None:
         fit(Regression(), LargeBatch(18))
 
 
-def test_a_micro_batch_that_the_data_contradicts_is_refused() -> None:
-    with pytest.raises(BatchSizeError, match=r"micro_batch_size=8, but Batches.batch_size=4"):
-        fit(Regression(), LargeBatch(16, micro_batch_size=8))
-    with pytest.raises(BatchSizeError, match=r"micro_batch_size=8, but the training dataloader gives batches of 4"):
-        quiet_trainer(max_epochs=1, callbacks=[LargeBatch(16, micro_batch_size=8)]).fit(
-            Regression(), DataLoader(regression_data(32), 4)
-        )
-
-
 def test_a_micro_batch_that_nothing_tells_is_asked_for() -> None:
     loader = DataLoader(regression_data(4), batch_size=None)
     with pytest.raises(BatchSizeError, match=r"without a batch_size.*micro_batch_size="):

@@ -1,0 +1,125 @@
+"""The batch that trains at present: derived once per ``fit``, after every ``setup``, and another one in each stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from lightning_lamb.callbacks import stage_switch
+from lightning_lamb.callbacks.batch_stages import StagedBatches
+from lightning_lamb.callbacks.micro_batch import (
+    declared_micro_batch,
+    micro_batch_of_loaders,
+    refuse_changed_loader,
+    refuse_other_micro_batch,
+    refuse_short_epoch,
+)
+from lightning_lamb.callbacks.rules import BatchRules
+from lightning_lamb.callbacks.stage_options import StageOptions
+from lightning_lamb.callbacks.summary import DerivedBatch
+from lightning_lamb.lightning_seams import LightningModule, Trainer, data_parallel_size, drop_data, train_data_source
+from lightning_lamb.scaling import accumulate_grad_batches
+
+
+class PresentBatch:
+    """What one ``fit`` trains with, and which stage it is in.
+
+    Args:
+        rules: of a training with one batch.
+        stage_options: of a training in stages, or None.
+        micro_batch_size: as the user gave it, for a training with one batch.
+    """
+
+    def __init__(self, rules: BatchRules, stage_options: StageOptions | None, micro_batch_size: int | None) -> None:
+        self.rules = rules
+        self.stage_options = stage_options
+        self.micro_batch_size = micro_batch_size
+        self.derived: DerivedBatch | None = None
+        self.plan: StagedBatches | None = None
+        self.batches: list[DerivedBatch] = []
+        """One per stage."""
+        self.stage = 0
+        self.accumulation: int | None = None
+        """What this object set last, in any ``fit``."""
+        self._is_checked = False
+
+    def begin(self, trainer: Trainer) -> None:
+        """Forgets an earlier ``fit``, and makes the Trainer train as long as the stages.
+
+        Sets the accumulation as far as it is known already, for whoever asks before everything is set up.
+        """
+        self.derived, self.plan, self.batches, self.stage = None, None, [], 0
+        self._is_checked = False
+        self._accumulate(trainer, 1)
+        if self.stage_options is not None:
+            self.plan = self.stage_options.plan(trainer)
+            stage_switch.fit_length(trainer, self.plan)
+            return
+        micro = self.micro_batch_size or (declared_micro_batch(trainer) if trainer.datamodule is not None else None)  # type: ignore[attr-defined]
+        step = self.rules.global_batch_size
+        if micro and step % (micro * data_parallel_size(trainer)) == 0:
+            self._accumulate(trainer, step // (micro * data_parallel_size(trainer)))
+
+    def derive(self, trainer: Trainer, module: LightningModule) -> DerivedBatch:
+        """Derives the accumulation, once per ``fit``, after every ``setup``.
+
+        Makes the dataloader if nothing else tells the micro-batch.
+
+        Raises:
+            BatchSizeError: the global batch does not divide, or the micro-batch is unknown or contradicted.
+        """
+        if self.derived is not None:
+            return self.derived
+        ranks = data_parallel_size(trainer)
+        if self.stage_options is not None and self.plan is not None:
+            stage_switch.refuse_impossible_data(trainer, module, self.plan)
+            self.batches = self.stage_options.batches(trainer, self.plan, ranks)
+            self.enter(trainer, 0)
+            if hasattr(train_data_source(trainer), "train_dataloader"):
+                drop_data(trainer, validation=False)  # made to be asked, if at all, without the first stage's data
+            assert self.derived is not None
+            return self.derived
+        micro = self.micro_batch_size or declared_micro_batch(trainer) or micro_batch_of_loaders(trainer)
+        refuse_other_micro_batch(trainer, micro, self._told_by(trainer))
+        steps = accumulate_grad_batches(self.rules.global_batch_size, micro, ranks)
+        self._accumulate(trainer, steps)
+        self.derived = DerivedBatch(self.rules.global_batch_size, micro, ranks, steps)
+        return self.derived
+
+    def enter(self, trainer: Trainer, index: int) -> None:
+        """Sets accumulation and data of a stage. The learning rate is the schedule's, a function of the step."""
+        assert self.plan is not None
+        batch = self.batches[index]
+        rates = () if self.derived is None else self.derived.learning_rates
+        self._is_checked = False
+        self.stage, self.derived = index, dataclasses.replace(batch, learning_rates=rates)
+        self._accumulate(trainer, batch.accumulate_grad_batches)
+        stage_switch.apply_stage(trainer, self.plan.stages[index], batch.micro_batch_size)
+
+    def check(self, trainer: Trainer) -> None:
+        """Compares the dataloaders that were made, before the first micro-batch of a ``fit``, a stage and an epoch.
+
+        Raises:
+            BatchSizeError: they give other batches than planned, or an epoch is shorter than a window.
+        """
+        assert self.derived is not None
+        micro = self.derived.micro_batch_size
+        if self._is_checked:
+            refuse_changed_loader(trainer, micro)
+        else:
+            refuse_other_micro_batch(trainer, micro, self._told_by(trainer))
+            self._is_checked = True
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            refuse_short_epoch(trainer.num_training_batches, self.derived)
+
+    def _accumulate(self, trainer: Trainer, micro_batches: int) -> None:
+        trainer.accumulate_grad_batches = self.accumulation = micro_batches
+
+    def _told_by(self, trainer: Trainer) -> str:
+        """Where the micro-batch is from, for a message."""
+        source: Any = train_data_source(trainer)
+        if self.stage_options is not None:
+            return f"of stages[{self.stage}]"
+        if self.micro_batch_size is not None:
+            return "given to LargeBatch"
+        return f"{type(source).__name__}.batch_size"

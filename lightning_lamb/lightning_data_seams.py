@@ -1,0 +1,84 @@
+"""When the Trainer's data is set up, and which training loaders there are: the second file of Lightning's insides.
+
+As in `lightning_lamb.lightning_seams`, the functions say which attributes they read and write.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from lightning_lamb.lightning_seams import Trainer, load_train_data, pl, train_data_source
+
+
+def after_setup(trainer: Trainer, act: Callable[[], object]) -> Callable[[], None]:
+    """Calls ``act`` once, when data module, callbacks and module have all been set up, and before ``configure_model``.
+
+    Lightning has no hook there: it calls every ``setup``, the module's last, and ``strategy.barrier("post_setup")``.
+    That method is replaced on this one strategy until then. No object of the user's is touched, so whatever ``setup`` a
+    module has, and whoever copies the module in between, nothing of this is left in it.
+
+    Args:
+        trainer: before the last ``setup`` of a run.
+        act: on every rank, after the barrier.
+
+    Returns:
+        Puts the method back if the moment never came (a ``setup`` raised); without effect afterwards.
+    """
+    strategy: Any = trainer.strategy
+    earlier = vars(strategy).get("barrier")
+    original = strategy.barrier
+    waiting = True
+
+    def put_back() -> None:
+        nonlocal waiting
+        waiting = False
+        if vars(strategy).get("barrier") is barrier:  # otherwise somebody wrapped it again, and it only passes on
+            del strategy.barrier
+            if earlier is not None:
+                strategy.barrier = earlier
+
+    def barrier(*args: Any, **kwargs: Any) -> Any:
+        is_moment = waiting and (args[0] if args else kwargs.get("name")) == "post_setup"
+        if is_moment:
+            put_back()
+        result = original(*args, **kwargs)
+        if is_moment:
+            act()
+        return result
+
+    strategy.barrier = barrier
+    return put_back
+
+
+def loaders_in_sight(trainer: Trainer) -> list[Any] | None:
+    """The training loaders that exist already, made or handed to ``fit``; nothing is loaded or iterated.
+
+    Reads ``fit_loop._combined_loader``.
+
+    Returns:
+        None: ``train_dataloader`` has not been called yet.
+    """
+    combined = trainer.fit_loop._combined_loader
+    if combined is None:
+        source = train_data_source(trainer)
+        if source is None or hasattr(source, "train_dataloader"):
+            return None
+        combined_loader = importlib.import_module(f"{pl.__name__}.utilities").CombinedLoader
+        combined = source if isinstance(source, combined_loader) else combined_loader(source, "max_size_cycle")
+    return list(combined.flattened)
+
+
+def make_train_loaders(trainer: Trainer) -> list[Any]:
+    """Makes the training loaders before the model is configured, whose random numbers stay those of Lightning alone."""
+    utilities = importlib.import_module(f"{pl.__name__}.utilities.seed")
+    with utilities.isolate_rng():
+        return load_train_data(trainer)
+
+
+def combines_in_turn(trainer: Trainer) -> bool:
+    """Whether several training loaders are used one after the other. Reads ``_combined_loader`` and its ``_mode``."""
+    combined = trainer.fit_loop._combined_loader
+    mode = getattr(train_data_source(trainer) if combined is None else combined, "_mode", None)
+    return mode == "sequential"

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from lightning_lamb.lightning_seams import Trainer, load_train_data, pl, train_data_source
+from lightning_lamb.lightning_seams import Trainer, load_train_data, pl, total_optimizer_steps, train_data_source
 
 
 def after_setup(trainer: Trainer, act: Callable[[], object]) -> Callable[[], None]:
@@ -82,3 +82,17 @@ def combines_in_turn(trainer: Trainer) -> bool:
     combined = trainer.fit_loop._combined_loader
     mode = getattr(train_data_source(trainer) if combined is None else combined, "_mode", None)
     return mode == "sequential"
+
+
+def steps_ahead(trainer: Trainer) -> int:
+    """How many optimizer steps an optimizer that is made now will take: in a further ``fit``, those that are left.
+
+    A checkpoint brings the steps before it, and counts them in the schedule. Reads ``_loaded_checkpoint``.
+
+    Raises:
+        PlanError: see `total_optimizer_steps`.
+    """
+    total = total_optimizer_steps(trainer)
+    resumes = trainer._checkpoint_connector._loaded_checkpoint or trainer.strategy.restore_checkpoint_after_setup
+    left = total - trainer.global_step
+    return left if left > 0 and not resumes else total

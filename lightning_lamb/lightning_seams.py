@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Callable
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -270,16 +270,29 @@ def total_optimizer_steps(trainer: Trainer) -> int:
                 "trains without end: set Trainer(max_steps=...), or StagedWarmup(total_steps=...)."
             )
         return max_steps
-    per_epoch = steps_per_epoch(trainer, batches_per_epoch(trainer))
-    if math.isinf(per_epoch):
+    batches = batches_per_epoch(trainer)
+    if math.isinf(batches):
         if max_steps == -1:
             raise PlanError(
                 "the schedule needs the total number of optimizer steps, and the training dataset has no length "
                 f"(IterableDataset), so max_epochs={max_epochs} does not tell it: set Trainer(max_steps=...)."
             )
         return max_steps
-    total = int(per_epoch) * max_epochs
+    scheduled = _scheduled_accumulation(trainer)
+    if scheduled is None:
+        total = int(steps_per_epoch(trainer, batches)) * max_epochs
+    else:  # the last window of an epoch may be short, whatever its accumulation
+        total = sum(math.ceil(batches / scheduled(epoch)) for epoch in range(max_epochs))
     return total if max_steps == -1 else min(total, max_steps)
+
+
+def _scheduled_accumulation(trainer: Trainer) -> Callable[[int], int] | None:
+    """The accumulation of an epoch by a GradientAccumulationScheduler, or None if there is none in this Trainer."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        # By name, because the two Lightning packages have a class of that name each.
+        if any(kind.__name__ == "GradientAccumulationScheduler" for kind in type(callback).__mro__):
+            return cast("Callable[[int], int]", callback.get_accumulate_grad_batches)
+    return None
 
 
 # ---- optimizers and schedulers

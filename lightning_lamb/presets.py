@@ -2,7 +2,8 @@
 
 Each is a function that returns `Lamb` with the original's defaults, and can stand in a config as ``class_path:
 lightning_lamb.presets.nvlamb``. They differ in ways that change training; ``docs/presets.md`` has the list. All of them
-treat every tensor alike (``exempt_1d=False``): the originals exempt by parameter group or by name.
+treat every tensor alike (``exempt_1d=False``): the originals exempt by parameter group or by name. So do these,
+given the groups of `lamb_param_groups`, which exempt what has at most one dimension.
 
 Step counts are per parameter here. apex and timm count per group, TensorFlow globally, which differs only for a
 parameter that sometimes has no gradient.
@@ -15,6 +16,7 @@ from typing import Any
 from lightning_lamb.equations import LearningRate
 from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.optimizers.lamb import Lamb
+from lightning_lamb.param_groups import settle
 
 
 def paper_lamb(
@@ -35,7 +37,7 @@ def paper_lamb(
         weight_decay: inside the trust ratio.
         bias_correction: False leaves it out (Appendix E).
     """
-    return Lamb(params, lr, betas, eps, weight_decay, bias_correction=bias_correction, exempt_1d=False)
+    return _lamb(params, lr, betas, eps, weight_decay, bias_correction=bias_correction)
 
 
 def tfa_lamb(
@@ -57,7 +59,7 @@ def tfa_lamb(
         eps: added to the root of the second moment.
         weight_decay: its ``weight_decay_rate``.
     """
-    return Lamb(params, lr, betas, eps, weight_decay, exempt_1d=False)
+    return _lamb(params, lr, betas, eps, weight_decay)
 
 
 def nvlamb(
@@ -151,9 +153,7 @@ def deepspeed_lamb(
         )
     correction: Any = "lr" if bias_correction else False
     bounds = (min_coeff, max_coeff)
-    return Lamb(
-        params, lr, betas, eps, weight_decay, bias_correction=correction, trust_ratio_bounds=bounds, exempt_1d=False
-    )
+    return _lamb(params, lr, betas, eps, weight_decay, bias_correction=correction, trust_ratio_bounds=bounds)
 
 
 def _clipping_variant(
@@ -167,7 +167,7 @@ def _clipping_variant(
     trust_ratio_bounds: tuple[float, float] | None,
     max_grad_norm: float | None,
 ) -> Lamb:
-    return Lamb(
+    return _lamb(
         params,
         lr,
         betas,
@@ -176,6 +176,10 @@ def _clipping_variant(
         bias_correction=bias_correction,
         adapt=adapt,
         trust_ratio_bounds=trust_ratio_bounds,
-        exempt_1d=False,
         max_grad_norm=max_grad_norm,
     )
+
+
+def _lamb(params: Any, *numbers: Any, **options: Any) -> Lamb:
+    """`Lamb` for every tensor alike, except for groups that were made to exempt some."""
+    return Lamb(settle(params, exempt_1d=True), *numbers, exempt_1d=False, **options)

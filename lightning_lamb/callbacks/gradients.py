@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lamb.optimizers.gradients import refuse_unusable
+from lightning_lamb.optimizers.plan import parameter_name
+
 
 def local_gradients(optimizer: Optimizer) -> list[Tensor]:
     """All gradients of ``optimizer``, of a DTensor this rank's piece; views, so writing changes them."""
@@ -16,6 +19,18 @@ def local_gradients(optimizer: Optimizer) -> list[Tensor]:
             if gradient is not None:
                 gradients.append(gradient.to_local() if hasattr(gradient, "to_local") else gradient)
     return gradients
+
+
+def refuse_unusable_gradients(optimizer: Optimizer) -> None:
+    """Refuses what has no norm or cannot be clamped, before anything is changed.
+
+    Raises:
+        UnsupportedGradientError: a sparse or complex gradient.
+    """
+    for index, group in enumerate(optimizer.param_groups):
+        for position, parameter in enumerate(group["params"]):
+            if parameter.grad is not None and (parameter.grad.layout != torch.strided or parameter.grad.is_complex()):
+                refuse_unusable(parameter.grad, parameter_name(group, index, position))
 
 
 @torch.no_grad()
@@ -35,7 +50,7 @@ def multiply_gradients(optimizer: Optimizer, factor: float | Tensor) -> None:
 
 
 @torch.no_grad()
-def clip_by_norm(optimizer: Optimizer, max_norm: float) -> Tensor:
+def clip_by_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Tensor:
     """Scales all gradients so that their global norm, over all shards, is at most ``max_norm``.
 
     Args:
@@ -52,7 +67,16 @@ def clip_by_norm(optimizer: Optimizer, max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def clip_by_value(optimizer: Optimizer, bound: float) -> None:
-    """Clamps every gradient element to [-bound, bound], in place. Exact under sharding without communication."""
+def clip_by_value(optimizer: Optimizer, bound: float | Tensor, *, keeps_overflow: bool = False) -> None:
+    """Clamps every gradient element to [-bound, bound], in place. Exact under sharding without communication.
+
+    Args:
+        optimizer: its parameters' ``grad`` are modified in place.
+        bound: the largest magnitude, a number or a 0-dim tensor.
+        keeps_overflow: whether an infinite gradient becomes NaN instead of the bound, because whether a GradScaler's
+            step is skipped, on all ranks, has yet to be decided.
+    """
     for gradient in local_gradients(optimizer):
-        gradient.clamp_(-bound, bound)
+        if keeps_overflow:
+            gradient.add_(gradient * 0)
+        gradient.clamp_(-bound, bound)  # type: ignore[arg-type]  # two numbers or two tensors

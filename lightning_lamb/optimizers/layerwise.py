@@ -21,12 +21,14 @@ from lightning_lamb.errors import InvalidOptionError, LightningLambError, Unknow
 from lightning_lamb.kernels import StepSizes, trust_ratios
 from lightning_lamb.optimizers import choice, gradients, loss_scaling, state
 from lightning_lamb.optimizers.batches import options_of, scales_of
+from lightning_lamb.optimizers.group_options import parts_of
 from lightning_lamb.optimizers.hosted import Host
 from lightning_lamb.optimizers.options import checked, one_limit
 from lightning_lamb.optimizers.plan import LayerPlan, Slot, fingerprint, parameter_name
 from lightning_lamb.optimizers.report import LayerReport
 from lightning_lamb.optimizers.roster import Roster, roster_of
 from lightning_lamb.optimizers.split_step import Elsewhere, Pending, split_step
+from lightning_lamb.param_groups import Exemptions
 from lightning_lamb.uncompiled import uncompiled
 
 
@@ -35,6 +37,8 @@ class LayerwiseOptimizer(Optimizer):
 
     base: str
     signature: frozenset[str]
+    exemptions: Exemptions | None = None
+    """The rules behind its parameter groups, if `lamb_param_groups` made them: later groups are treated alike."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if isinstance(params, Module):
@@ -217,6 +221,9 @@ class LayerwiseOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds parameters, at any time; their step count starts at zero.
 
+        Without names they get those of the annotated module, where the other groups have names. Where
+        `lamb_param_groups` made the other groups, its rules hold for these too, which can make several groups of one.
+
         Args:
             param_group: ``params`` (tensors or (name, tensor) pairs) and any option of the optimizer.
 
@@ -226,6 +233,10 @@ class LayerwiseOptimizer(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        for part in parts_of(self, param_group):
+            self._add_param_group(part)
+
+    def _add_param_group(self, param_group: dict[str, Any]) -> None:
         options = {name: param_group.get(name, default) for name, default in self.defaults.items()}
         one_limit([*self.param_groups, options])
         super().add_param_group({**param_group, **checked(options)})

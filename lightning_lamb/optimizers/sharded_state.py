@@ -18,10 +18,12 @@ from torch.optim import Optimizer
 
 from lightning_lamb.errors import ConflictError, StateDictError
 from lightning_lamb.optimizers import gradients, state
+from lightning_lamb.optimizers.group_options import parts_of
 from lightning_lamb.optimizers.lamb import Lamb
 from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
 from lightning_lamb.optimizers.plan import parameter_name
 from lightning_lamb.optimizers.slices import Slice, gather_slices, gather_state, in_buckets
+from lightning_lamb.param_groups import Exemptions
 from lightning_lamb.sharding import annotation, is_dtensor
 
 
@@ -53,6 +55,9 @@ class ShardedStateOptimizer(Optimizer):
     >>> list(optimizer.trust_ratios)
     ['weight']
     """
+
+    exemptions: Exemptions | None = None
+    """As in `LayerwiseOptimizer`."""
 
     def __init__(
         self,
@@ -148,9 +153,15 @@ class ShardedStateOptimizer(Optimizer):
         Args:
             param_group: ``params`` (tensors or (name, tensor) pairs) and any option of the optimizer.
         """
-        if isinstance(param_group, dict):  # checks the options; what else it may be, torch refuses
-            options = {k: v for k, v in param_group.items() if k in self._template.defaults}
-            self.optimizer_class([{**options, "params": [torch.nn.Parameter(torch.empty(0))]}], **self._options)
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
+        for part in parts_of(self, param_group):
+            self._add_param_group(part)
+
+    def _add_param_group(self, param_group: dict[str, Any]) -> None:
+        options = {k: v for k, v in param_group.items() if k in self._template.defaults}
+        # Checks them.
+        self.optimizer_class([{**options, "params": [torch.nn.Parameter(torch.empty(0))]}], **self._options)
         super().add_param_group(param_group)
         if self._inner is not None:
             self._inner.add_param_group(self._sliced(len(self.param_groups) - 1))

@@ -218,8 +218,10 @@ def test_double_clipping_is_refused() -> None:
 
 def test_a_module_with_another_optimizer_keeps_lightnings_clipping() -> None:
     class Other(Model):
+        lamb_lr = 1e-3
+
         def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.0)
+            return torch.optim.SGD([p for group in self.lamb_param_groups() for _, p in group["params"]], self.lamb_lr)
 
     module = Other()
     fit(module, gradient_clip_val=1e-3, max_steps=1)

@@ -7,7 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning_lamb.errors import InvalidOptionError, LightningLambError
 from lightning_lamb.footprint import PRECISIONS
@@ -78,7 +78,8 @@ def _plan(options: argparse.Namespace) -> Plan:
                 "leave --recipe out and plan with --base_lr, --dataset_size and --epochs."
             )
         return plan_from_recipe(**given)
-    missing = [name for name in ("global_batch_size", "base_lr") if name not in given]
+    needed = ("base_lr",) if "stages" in given else ("global_batch_size", "base_lr")
+    missing = [name for name in needed if name not in given]
     if missing:
         raise InvalidOptionError(
             f"--{' and --'.join(missing)} missing. Without --recipe, give --global_batch_size, --base_lr, and "
@@ -88,7 +89,10 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 
 # Without --recipe only: what a recipe decides by itself.
-_OWN_PLAN_ONLY = ("dataset_size", "epochs", "total_steps", "last_window", "doublings", "parameters", "layers")
+_OWN_PLAN_ONLY = (
+    *("warmup_steps", "dataset_size", "epochs", "total_steps", "last_window", "stages", "doublings"),
+    *("parameters", "layers"),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -154,6 +158,7 @@ def _add_rule_options(parser: argparse.ArgumentParser) -> None:
         metavar="F",
         help="warm-up at that batch as a share of the training, 0 to 1; grows in proportion to the batch (default: 0)",
     )
+    add("--warmup_steps", type=int, metavar="W", help="warm-up in optimizer steps, instead (without --recipe)")
     add(
         "--lr_scaling",
         metavar="RULE",
@@ -170,7 +175,14 @@ def _add_length_options(parser: argparse.ArgumentParser) -> None:
         "--last_window",
         metavar="WAY",
         help=f"samples that do not fill a batch at the end of an epoch: {', '.join(LAST_WINDOWS)}; carry: the next "
-        "epoch uses them (default); keep: a smaller step, as Lightning does; drop: left out",
+        "epoch uses them (default); keep: a smaller step, as Lightning and LargeBatch do; drop: left out",
+    )
+    add(
+        "--stages",
+        type=_stages,
+        metavar="JSON",
+        help="a training in stages, as in LargeBatch(stages=...): a JSON list, such as "
+        '\'[{"global_batch_size": 64, "share": 0.5}, {"global_batch_size": 128, "share": 0.5}]\'',
     )
     add(
         "--doublings",
@@ -185,6 +197,17 @@ def _add_model_options(parser: argparse.ArgumentParser) -> None:
     add("--parameters", type=_count, metavar="P", help="the model's parameters, such as 336226108 or 1.5B")
     add("--layers", type=int, metavar="L", help="tensors that get a trust ratio (two dimensions or more), for traffic")
     add("--precision", metavar="P", help=f"one of {', '.join(PRECISIONS)} (default: 32-true)")
+
+
+def _stages(text: str) -> list[Any]:
+    """Read a list of stages."""
+    try:
+        stages = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON ({error})") from None
+    if not isinstance(stages, list):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of stages")
+    return stages
 
 
 def _count(text: str) -> int:

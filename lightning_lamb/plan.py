@@ -1,30 +1,28 @@
 """A plan: every number that follows from a global batch, for people (a table) and programs (a dict).
 
-The callback, the ``python -m lightning_lamb plan`` command and the docs all take their numbers from here. Imports
-neither torch nor Lightning.
+The ``python -m lightning_lamb plan`` command and the docs take their numbers from here; the steps, learning rates and
+warm-ups in them are `lightning_lamb.staged_batches`', as LargeBatch's are. Imports neither torch nor Lightning.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Any
 
+from lightning_lamb.batch_rules import BatchRules
+from lightning_lamb.batch_stages import BatchStage, as_batch_stages, stages_of_recipe
 from lightning_lamb.checks import one_of, whole_number
 from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.footprint import PRECISIONS, HeldBytes, SentBytes, held_bytes, sent_bytes
+from lightning_lamb.plan_options import PlanOptions
 from lightning_lamb.plan_table import plan_table
 from lightning_lamb.recipes import Recipe, recipe_named
-from lightning_lamb.scaling import LastWindow, LRScaling, scaled_lr, scaled_warmup_fraction, steps_of_epochs
-from lightning_lamb.stage_plans import (
-    Leg,
-    StagePlan,
-    growing_legs,
-    schedules,
-    stage_batches,
-    stage_plans,
-    stage_steps,
-)
+from lightning_lamb.scaling import LastWindow, LRScaling, steps_of_epochs
+from lightning_lamb.stage_plans import StagePlan, stage_plans
+from lightning_lamb.staged_batches import StagedBatches
 from lightning_lamb.stages import Stage
 
 __all__ = ["Plan", "StagePlan", "make_plan", "plan_from_recipe"]
@@ -37,6 +35,7 @@ class Plan:
     Attributes:
         title: One line for people.
         stages: The parts of the training, in order.
+        schedule: The stages of the learning rate: one per start of a schedule.
         lr_scaling: Rule that the learning rates were scaled by.
         recipe: Name of the recipe, or None.
         parameters: The model's parameters, or None.
@@ -48,6 +47,7 @@ class Plan:
 
     title: str
     stages: tuple[StagePlan, ...]
+    schedule: tuple[Stage, ...]
     lr_scaling: LRScaling
     recipe: str | None = None
     parameters: int | None = None
@@ -69,7 +69,7 @@ class Plan:
     @property
     def warmup_steps(self) -> int:
         """Warm-up of the first schedule, in optimizer steps."""
-        return self.schedule_stages()[0].warmup_steps
+        return self.schedule[0].warmup_steps
 
     @property
     def accumulate_grad_batches(self) -> int:
@@ -89,15 +89,7 @@ class Plan:
             >>> [(stage.steps, stage.warmup_steps, round(stage.lr, 5)) for stage in plan.schedule_stages()]
             [(7037, 2815, 0.00707), (1562, 312, 0.005)]
         """
-        return [
-            Stage(
-                steps=sum(stage.total_steps for stage in schedule),
-                warmup_steps=sum(stage.warmup_steps for stage in schedule),
-                lr=schedule[0].lr,
-                shape=schedule[0].shape,
-            )
-            for schedule in schedules(self.stages)
-        ]
+        return list(self.schedule)
 
     def table(self) -> str:
         """Return the plan as text for people."""
@@ -119,7 +111,7 @@ class Plan:
             "samples": sum(stage.samples for stage in self.stages),
             "lr_scaling": self.lr_scaling,
             "stages": [_as_dict(stage) for stage in self.stages],
-            "schedule": [dataclasses.asdict(stage) for stage in self.schedule_stages()],
+            "schedule": [dataclasses.asdict(stage) for stage in self.schedule],
             "parameters": self.parameters,
             "layers": self.layers,
             "precision": self.precision,
@@ -130,17 +122,19 @@ class Plan:
 
 def make_plan(
     *,
-    global_batch_size: int,
-    micro_batch_size: int,
+    micro_batch_size: int | Sequence[int],
     data_parallel_size: int,
     base_lr: float,
+    global_batch_size: int | None = None,
     base_batch_size: int | None = None,
     warmup_fraction: float = 0.0,
+    warmup_steps: int | None = None,
     dataset_size: int | None = None,
     epochs: float | None = None,
     total_steps: int | None = None,
     lr_scaling: LRScaling = "sqrt",
     last_window: LastWindow = "carry",
+    stages: Sequence[BatchStage] | Sequence[Mapping[str, Any]] | None = None,
     doublings: int = 0,
     parameters: int | None = None,
     layers: int | None = None,
@@ -149,17 +143,21 @@ def make_plan(
     """Plan a training from a learning rate and warm-up that are good at some batch.
 
     Args:
-        global_batch_size: Samples per optimizer step, over all ranks.
-        micro_batch_size: Samples per rank and forward pass.
+        micro_batch_size: Samples per rank and forward pass; one number, or one per stage.
         data_parallel_size: Ranks that see different samples; under tensor parallelism not the world size.
         base_lr: Learning rate at ``base_batch_size``.
-        base_batch_size: Batch that ``base_lr`` and ``warmup_fraction`` belong to; None: ``global_batch_size``.
-        warmup_fraction: Warm-up at that batch, as a share of the training; grows with the batch.
+        global_batch_size: Samples per optimizer step, over all ranks. Required, unless there are stages.
+        base_batch_size: Batch that ``base_lr`` and ``warmup_fraction`` belong to; None: that of the (first) stage.
+        warmup_fraction: Warm-up at that batch, as a share of the samples; grows with the batch.
+        warmup_steps: Warm-up in optimizer steps, instead.
         dataset_size: Samples per epoch; together with ``epochs``.
         epochs: Passes over the data.
-        total_steps: Optimizer steps at ``global_batch_size``, instead of ``dataset_size`` and ``epochs``.
+        total_steps: Optimizer steps (with doublings: as many as there were at ``global_batch_size``), instead of
+            ``dataset_size`` and ``epochs``.
         lr_scaling: ``"sqrt"`` (the paper's), ``"linear"`` or ``"none"``.
-        last_window: ``"carry"``, ``"keep"`` or ``"drop"``: see :func:`lightning_lamb.scaling.steps_of_epochs`.
+        last_window: ``"carry"``, ``"keep"`` (as Lightning and LargeBatch train) or ``"drop"``: see
+            :func:`lightning_lamb.scaling.steps_of_epochs`.
+        stages: A training in stages, as for LargeBatch: a list of BatchStage or of dicts of its fields.
         doublings: 0, or how often the batch doubles during the training while the learning rate stays constant after
             the warm-up (Smith et al., "Don't decay the learning rate, increase the batch size", arXiv 1711.00489):
             ``doublings + 1`` stages that see the same number of samples.
@@ -180,15 +178,20 @@ def make_plan(
         >>> plan.lr, plan.warmup_steps, plan.total_steps, plan.accumulate_grad_batches
         (0.002, 488, 2442, 8)
     """
-    base = global_batch_size if base_batch_size is None else base_batch_size
-    lr = scaled_lr(base_lr, base, global_batch_size, lr_scaling)
-    fraction = scaled_warmup_fraction(warmup_fraction, base, global_batch_size)
-    steps = _length(global_batch_size, dataset_size, epochs, total_steps, last_window)
-    if whole_number("doublings", doublings, at_least=0):
-        legs = growing_legs(steps * global_batch_size, global_batch_size, doublings, lr, fraction)
+    length = _Length(dataset_size, epochs, total_steps, last_window)
+    made = None if stages is None else as_batch_stages(stages)
+    base = base_batch_size or (global_batch_size if made is None else made[0].global_batch_size)
+    given = (global_batch_size, base, base_lr, warmup_fraction, warmup_steps, lr_scaling, None)
+    samples = length.samples(global_batch_size or 1) if doublings else length.samples_of_shares(made)
+    options = PlanOptions.of(*given, made, doublings, samples, None)
+    if options is not None:
+        planned = options.plan(total_steps if made is not None else None)
     else:
-        legs = [Leg(global_batch_size, steps, lr, fraction)]
-    plan = Plan(title="own plan", stages=stage_plans(legs, micro_batch_size, data_parallel_size), lr_scaling=lr_scaling)
+        rules = BatchRules.of(*given)
+        steps = length.steps(rules.global_batch_size)
+        rules.warmup(steps)  # refuses one that is too long
+        planned = StagedBatches((BatchStage(rules.global_batch_size, steps, warmup_steps=warmup_steps),), rules)
+    plan = _plan_of(planned, micro_batch_size, data_parallel_size, "own plan", lr_scaling)
     return _with_footprint(plan, parameters, layers, precision)
 
 
@@ -231,56 +234,75 @@ def plan_from_recipe(
         (0.005, 3125, 15625, 8)
     """
     chosen = recipe if isinstance(recipe, Recipe) else recipe_named(recipe)
-    rule = chosen.lr_scaling if lr_scaling is None else lr_scaling
-    base = chosen.base_batch_size if base_batch_size is None else base_batch_size
-    base_fraction = chosen.warmup_fraction if warmup_fraction is None else warmup_fraction
-    lr_at_base = chosen.base_lr if base_lr is None else base_lr
-    if lr_at_base is None:
-        raise InvalidOptionError(
-            f"base_lr: the recipe {chosen.name} has no learning rate ({chosen.sources['base_lr']}). Give base_lr "
-            f"(--base_lr on the command line), the learning rate at batch {base}."
-        )
-    batches = stage_batches(chosen, global_batch_size)
-    legs = [
-        Leg(
-            batch,
-            steps,
-            lr=scaled_lr(lr_at_base, base, batch, rule),
-            warmup_fraction=scaled_warmup_fraction(base_fraction, base, batch),
-            sequence_length=stage.sequence_length,
-            restarts_schedule=stage.restarts_schedule,
-        )
-        for stage, batch, steps in zip(chosen.stages, batches, stage_steps(chosen, batches), strict=True)
-    ]
+    stages = stages_of_recipe(chosen, global_batch_size, base_batch_size, base_lr, warmup_fraction, lr_scaling)
     given = {"base_lr": base_lr, "base_batch_size": base_batch_size, "warmup_fraction": warmup_fraction}
-    plan = Plan(
-        title=chosen.title,
-        stages=stage_plans(legs, micro_batch_size, data_parallel_size),
-        lr_scaling=rule,
+    planned = StagedBatches(stages, BatchRules(stages[0].global_batch_size))
+    rule = chosen.lr_scaling if lr_scaling is None else lr_scaling
+    plan = _plan_of(planned, micro_batch_size, data_parallel_size, chosen.title, rule)
+    plan = dataclasses.replace(
+        plan,
         recipe=chosen.name,
         sources={**chosen.sources, **{name: "given by you" for name, value in given.items() if value is not None}},
     )
     return _with_footprint(plan, chosen.parameters, chosen.layers, precision)
 
 
-def _length(
-    batch: int, dataset_size: int | None, epochs: float | None, total_steps: int | None, last_window: LastWindow
-) -> int:
-    if total_steps is not None:
-        if dataset_size is not None or epochs is not None:
+def _plan_of(
+    planned: StagedBatches,
+    micro_batch_size: int | Sequence[int],
+    data_parallel_size: int,
+    title: str,
+    lr_scaling: LRScaling,
+) -> Plan:
+    """The plan for so many ranks and that micro-batch."""
+    stages = stage_plans(planned, micro_batch_size, data_parallel_size)
+    return Plan(title=title, stages=stages, schedule=tuple(planned.schedule()), lr_scaling=lr_scaling)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Length:
+    """How long a training is: in samples, as epochs of a dataset; or in optimizer steps."""
+
+    dataset_size: int | None
+    epochs: float | None
+    total_steps: int | None
+    last_window: LastWindow
+
+    def __post_init__(self) -> None:
+        if self.total_steps is not None:
+            if self.dataset_size is not None or self.epochs is not None:
+                raise InvalidOptionError(
+                    f"total_steps={self.total_steps} and dataset_size={self.dataset_size}, epochs={self.epochs} both "
+                    "set the length of the training. Give total_steps alone, or dataset_size and epochs."
+                )
+            whole_number("total_steps", self.total_steps)
+
+    def steps(self, batch: int) -> int:
+        """Optimizer steps at one batch."""
+        if self.total_steps is not None:
+            return self.total_steps
+        if self.dataset_size is None or self.epochs is None:
+            missing = " and ".join(name for name in ("dataset_size", "epochs") if getattr(self, name) is None)
             raise InvalidOptionError(
-                f"total_steps={total_steps} and dataset_size={dataset_size}, epochs={epochs} both set the length of "
-                "the training. Give total_steps alone, or dataset_size and epochs."
+                f"The length of the training is unknown: {missing} not given. Give dataset_size and epochs, or "
+                "total_steps."
             )
-        return whole_number("total_steps", total_steps)
-    if dataset_size is None or epochs is None:
-        missing = " and ".join(
-            name for name, value in (("dataset_size", dataset_size), ("epochs", epochs)) if value is None
-        )
-        raise InvalidOptionError(
-            f"The length of the training is unknown: {missing} not given. Give dataset_size and epochs, or total_steps."
-        )
-    return steps_of_epochs(dataset_size, epochs, batch, last_window=last_window)
+        return steps_of_epochs(self.dataset_size, self.epochs, batch, last_window=self.last_window)
+
+    def samples(self, batch: int) -> int:
+        """Samples of a training whose batch grows from this one."""
+        steps = self.steps(batch)
+        if self.total_steps is None and self.last_window == "carry":
+            return math.ceil(Fraction(repr(float(self.epochs or 0))) * (self.dataset_size or 0))
+        return steps * batch
+
+    def samples_of_shares(self, stages: Sequence[BatchStage] | None) -> int | None:
+        """Samples that stages share, None if they have a length in steps."""
+        if stages is None or self.total_steps is not None:
+            return None
+        if stages[0].share is None and self.dataset_size is None and self.epochs is None:
+            return None
+        return self.samples(1)
 
 
 def _with_footprint(plan: Plan, parameters: int | None, layers: int | None, precision: str) -> Plan:

@@ -13,6 +13,7 @@ No function here looks at a Trainer, a tensor or a process group; all of them ch
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
@@ -150,6 +151,31 @@ def warmup_steps(fraction: float, total_steps: int) -> int:
     """
     share = finite_number("warmup_fraction", fraction, at_least=0.0, at_most=1.0)
     return math.floor(share * whole_number("total_steps", total_steps) + 0.5)
+
+
+def warmup_steps_of_stages(fraction: float, steps: Sequence[int], batches: Sequence[int]) -> int:
+    """Return the steps that see a share of the samples of one schedule, whose batch may change on the way.
+
+    Args:
+        fraction: Share of the samples, from 0 to 1.
+        steps: Optimizer steps of each stage.
+        batches: Global batch of each stage.
+
+    Example:
+        >>> warmup_steps_of_stages(0.05, [333, 167, 83], [64, 128, 256]), warmup_steps_of_stages(0.2, [15625], [32768])
+        (50, 3125)
+    """
+    if len(set(batches)) == 1:
+        return warmup_steps(fraction, sum(steps))
+    left = finite_number("warmup_fraction", fraction, at_least=0.0, at_most=1.0) * sum(
+        number * batch for number, batch in zip(steps, batches, strict=True)
+    )
+    done = 0
+    for number, batch in zip(steps, batches, strict=True):
+        if left <= number * batch:
+            return done + math.floor(left / batch + 0.5)
+        left, done = left - number * batch, done + number
+    return done
 
 
 def steps_of_samples(samples: int, global_batch_size: int) -> int:

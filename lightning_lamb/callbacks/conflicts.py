@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_lamb.errors import ConflictError
+from lightning_lamb.errors import BatchSizeError, ConflictError
 from lightning_lamb.lightning_seams import LightningModule, Trainer, inner_optimizer
 
 # Compared by name, because the two Lightning packages have a class of that name each.
@@ -19,10 +19,6 @@ DECIDES_TOO = {
     "StochasticWeightAveraging": (
         "set accumulate_grad_batches",
         "use Lightning's WeightAveraging callback, which leaves the accumulation alone",
-    ),
-    "BatchSizeFinder": (
-        "decide about the micro-batch",
-        "remove it. Run it, or Tuner.scale_batch_size, without LargeBatch, and give LargeBatch its micro_batch_size",
     ),
 }
 
@@ -36,6 +32,7 @@ def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation
         own_accumulation: what LargeBatch itself set in an earlier ``fit`` of this Trainer, if any.
 
     Raises:
+        BatchSizeError: a callback that looks for a batch size.
         ConflictError: manual optimization, an accumulation of the Trainer's own, or a callback that changes it.
     """
     if not module.automatic_optimization:
@@ -48,6 +45,11 @@ def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation
         for name, (what, remedy) in DECIDES_TOO.items():
             if any(kind.__name__ == name for kind in type(callback).__mro__):
                 raise ConflictError(f"LargeBatch and {name} both {what}: {remedy}.")
+        if any(kind.__name__ == "BatchSizeFinder" for kind in type(callback).__mro__):
+            raise BatchSizeError(
+                "BatchSizeFinder changes the micro-batch that LargeBatch has derived the accumulation from: remove it. Run "
+                "it, or Tuner.scale_batch_size, without LargeBatch, and give LargeBatch its micro_batch_size."
+            )
     if trainer.accumulate_grad_batches not in (1, own_accumulation):
         raise ConflictError(
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) and LargeBatch both set the "

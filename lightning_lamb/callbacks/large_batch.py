@@ -11,8 +11,9 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_lamb.batch_rules import BatchRules
+from lightning_lamb.batch_stages import BatchStage
 from lightning_lamb.callbacks import schedule, stage_switch
-from lightning_lamb.callbacks.batch_stages import BatchStage, StagedBatches
 from lightning_lamb.callbacks.conflicts import refuse_conflicts, refuse_double_clipping, refuse_hybrid_resume
 from lightning_lamb.callbacks.exact_resume import ExactResume
 from lightning_lamb.callbacks.learning_rate import multiply_learning_rates
@@ -21,8 +22,6 @@ from lightning_lamb.callbacks.plan_change import length_from, plan_differences, 
 from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
-from lightning_lamb.callbacks.rules import BatchRules
-from lightning_lamb.callbacks.stage_options import StageOptions
 from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
 from lightning_lamb.callbacks.window_loss import WindowLoss
@@ -43,7 +42,9 @@ from lightning_lamb.lightning_seams import (
     rank_zero_info,
     strategy_accumulates,
 )
+from lightning_lamb.plan_options import PlanOptions
 from lightning_lamb.sharding.annotate import annotate
+from lightning_lamb.staged_batches import StagedBatches
 
 POSITION_KEY = "lightning_lamb_position"
 """Where a checkpoint holds the position in the data and the random numbers."""
@@ -121,7 +122,7 @@ class LargeBatch(Callback):
     ) -> None:
         super().__init__()
         given = (global_batch_size, base_batch_size, base_lr, warmup_fraction, warmup_steps, lr_scaling)
-        self.stage_options = StageOptions.of(*given, recipe, stages, doublings, total_samples, micro_batch_size)
+        self.stage_options = PlanOptions.of(*given, recipe, stages, doublings, total_samples, micro_batch_size)
         self.rules = BatchRules.of(*given, recipe) if self.stage_options is None else self.stage_options.rules
         one_size = micro_batch_size if self.stage_options is None else None
         micro = None if one_size is None else whole_number("micro_batch_size", one_size)

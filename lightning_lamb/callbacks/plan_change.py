@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_lamb.callbacks.batch_stages import StagedBatches
+from lightning_lamb.batch_rules import BatchRules
 from lightning_lamb.callbacks.position import Position
-from lightning_lamb.callbacks.rules import BatchRules
 from lightning_lamb.callbacks.schedule import staged_warmup_of
 from lightning_lamb.errors import PlanError
 from lightning_lamb.lightning_seams import Trainer, batches_per_epoch, steps_per_epoch
+from lightning_lamb.staged_batches import StagedBatches
 from lightning_lamb.stages import Stage, stage_at, total_steps_of
 
 

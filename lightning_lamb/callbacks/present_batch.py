@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lightning_lamb.batch_rules import BatchRules
 from lightning_lamb.callbacks import stage_switch
-from lightning_lamb.callbacks.batch_stages import StagedBatches
 from lightning_lamb.callbacks.micro_batch import (
     declared_micro_batch,
     micro_batch_of_loaders,
@@ -14,11 +14,12 @@ from lightning_lamb.callbacks.micro_batch import (
     refuse_other_micro_batch,
     refuse_short_epoch,
 )
-from lightning_lamb.callbacks.rules import BatchRules
-from lightning_lamb.callbacks.stage_options import StageOptions
+from lightning_lamb.callbacks.stage_batches import StageBatches
 from lightning_lamb.callbacks.summary import DerivedBatch
 from lightning_lamb.lightning_seams import LightningModule, Trainer, data_parallel_size, drop_data, train_data_source
+from lightning_lamb.plan_options import PlanOptions
 from lightning_lamb.scaling import accumulate_grad_batches
+from lightning_lamb.staged_batches import StagedBatches
 
 
 class PresentBatch:
@@ -30,9 +31,10 @@ class PresentBatch:
         micro_batch_size: as the user gave it, for a training with one batch.
     """
 
-    def __init__(self, rules: BatchRules, stage_options: StageOptions | None, micro_batch_size: int | None) -> None:
+    def __init__(self, rules: BatchRules, stage_options: PlanOptions | None, micro_batch_size: int | None) -> None:
         self.rules = rules
         self.stage_options = stage_options
+        self._stage_batches = None if stage_options is None else StageBatches(stage_options)
         self.micro_batch_size = micro_batch_size
         self.derived: DerivedBatch | None = None
         self.plan: StagedBatches | None = None
@@ -52,7 +54,7 @@ class PresentBatch:
         self._is_checked = False
         self._accumulate(trainer, 1)
         if self.stage_options is not None:
-            self.plan = self.stage_options.plan(trainer)
+            self.plan = self.stage_options.plan(None if trainer.max_steps == -1 else trainer.max_steps)
             stage_switch.fit_length(trainer, self.plan)
             return
         micro = self.micro_batch_size or (declared_micro_batch(trainer) if trainer.datamodule is not None else None)  # type: ignore[attr-defined]
@@ -71,9 +73,9 @@ class PresentBatch:
         if self.derived is not None:
             return self.derived
         ranks = data_parallel_size(trainer)
-        if self.stage_options is not None and self.plan is not None:
+        if self._stage_batches is not None and self.plan is not None:
             stage_switch.refuse_impossible_data(trainer, module, self.plan)
-            self.batches = self.stage_options.batches(trainer, self.plan, ranks)
+            self.batches = self._stage_batches.derive(trainer, self.plan, ranks)
             self.enter(trainer, 0)
             if hasattr(train_data_source(trainer), "train_dataloader"):
                 drop_data(trainer, validation=False)  # made to be asked, if at all, without the first stage's data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-from lightning_lamb.callbacks.rules import BatchRules
+from lightning_lamb.batch_rules import BatchRules
 from lightning_lamb.errors import ConflictError
 from lightning_lamb.lightning_seams import (
     Trainer,

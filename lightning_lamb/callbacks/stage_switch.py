@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_lamb.callbacks.batch_stages import BatchStage, StagedBatches
+from lightning_lamb.batch_stages import BatchStage
 from lightning_lamb.errors import InvalidOptionError, PlanError
 from lightning_lamb.lightning_seams import (
     LightningModule,
@@ -16,6 +16,7 @@ from lightning_lamb.lightning_seams import (
     limit_training,
     train_data_source,
 )
+from lightning_lamb.staged_batches import StagedBatches
 
 DEFAULT_MAX_EPOCHS = (None, -1, 1000)
 """What Lightning makes of a Trainer that was not told how many epochs."""

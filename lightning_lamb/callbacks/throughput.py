@@ -12,13 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_lamb.callbacks.batch_stages import BatchStage, StagedBatches
+from lightning_lamb.batch_stages import BatchStage
 from lightning_lamb.callbacks.large_batch import large_batch_of
 from lightning_lamb.callbacks.stage_switch import LENGTH_OPTIONS
 from lightning_lamb.callbacks.windows import samples_in
 from lightning_lamb.checks import whole_number
 from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.lightning_seams import Callback, LightningModule, Trainer, data_parallel_size, total_optimizer_steps
+from lightning_lamb.staged_batches import StagedBatches
 
 
 class ThroughputMonitor(Callback):

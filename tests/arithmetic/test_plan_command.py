@@ -102,6 +102,15 @@ def test_an_own_plan_by_steps_that_doubles(as_json):
     assert [(stage["global_batch_size"], stage["total_steps"]) for stage in plan["stages"]] == [(256, 500), (512, 250)]
 
 
+def test_an_own_plan_in_stages(as_json):
+    plan = as_json(
+        *RANKS, "--base_lr", "1e-3", "--total_steps", "100", "--stages",
+        '[{"global_batch_size": 4096, "share": 0.5, "warmup_steps": 5}, {"global_batch_size": 8192, "share": 0.5}]',
+    )  # fmt: skip
+    assert [(stage["total_steps"], stage["warmup_steps"]) for stage in plan["stages"]] == [(67, 5), (33, 0)]
+    assert as_json(*OWN[:8], "--total_steps", "100", "--warmup_steps", "7")["warmup_steps"] == 7
+
+
 def test_help_tells_recipes_options_and_examples(capsys):
     with pytest.raises(SystemExit) as stopped:
         main(["plan", "--help"])
@@ -195,6 +204,12 @@ ERRORS = {
     "nan": (["plan", *OWN, "--base_lr", "nan"], "base_lr=nan must be a finite number above 0"),
     "rule": (["plan", *OWN, "--lr_scaling", "square"], "lr_scaling='square' is not one of: sqrt, linear, none"),
     "last window": (["plan", *OWN, "--last_window", "pad"], "last_window='pad' is not one of: carry, keep, drop"),
+    "stages and a batch": (
+        ["plan", *OWN, "--stages", '[{"global_batch_size": 8, "steps": 1}]'],
+        "each stage gives its",
+    ),
+    "stages that are no list": (["plan", *OWN, "--stages", "{}"], "'{}' is no list of stages"),
+    "stages that are no JSON": (["plan", *OWN, "--stages", "[8"], "is no JSON"),
     "precision": (["plan", *OWN, "--precision", "bf16"], "precision='bf16' is not one of: 32-true, bf16-mixed"),
     "two micro-batches for one stage": (["plan", *OWN, "--micro_batch_size", "1", "2"], "2 numbers for 1 stages"),
 }

@@ -22,7 +22,7 @@ from torch.optim import lr_scheduler as torch_schedulers
 from torch.utils.data import DataLoader
 
 from lightning_lamb import Lamb, LargeBatch
-from lightning_lamb.errors import BatchSizeError, ConflictError
+from lightning_lamb.errors import BatchSizeError
 from tests.lightning.toys import Batches, Regression, quiet_trainer, regression_data
 
 DATA = regression_data(64)
@@ -220,10 +220,10 @@ def test_a_loader_that_is_reloaded_with_the_same_batch_size_trains() -> None:
 
 
 def test_a_finder_of_batch_sizes_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConflictError, match=r"BatchSizeFinder both decide about the micro-batch.*without LargeBatch"):
+    with pytest.raises(BatchSizeError, match=r"BatchSizeFinder changes the micro-batch.*without LargeBatch"):
         train(Divides(), LargeBatch(16), callbacks=[LargeBatch(16), BatchSizeFinder()], default_root_dir=tmp_path)
     trainer = quiet_trainer(max_epochs=1, callbacks=[LargeBatch(16)], default_root_dir=tmp_path)
-    with pytest.raises(ConflictError, match=r"Tuner.scale_batch_size"):
+    with pytest.raises(BatchSizeError, match=r"Tuner.scale_batch_size"):
         Tuner(trainer).scale_batch_size(Divides(), steps_per_trial=1, max_trials=1)
 
 

@@ -1,20 +1,22 @@
-"""What the user told LargeBatch, or a recipe did, and what follows from it for a batch: arithmetic, no Trainer."""
+"""How learning rate and warm-up follow from a global batch, as the user or a recipe says it.
+
+Imports neither torch nor Lightning.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal, cast
-
-from torch.optim import Optimizer
+from typing import TYPE_CHECKING, Any, cast
 
 from lightning_lamb.checks import finite_number, one_of, whole_number
 from lightning_lamb.errors import InvalidOptionError, PlanError
 from lightning_lamb.recipes import recipe_named
-from lightning_lamb.scaling import scaled_lr, scaled_warmup_fraction
+from lightning_lamb.scaling import LRScaling, scaled_lr, scaled_warmup_fraction
 from lightning_lamb.scaling import warmup_steps as steps_of_fraction
 
-LRScaling = Literal["sqrt", "linear", "none"]
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -94,11 +94,9 @@ class PlanOptions:
         ramp = plan.schedule()[0].warmup_steps
         if self.doublings and ramp > plan.steps[0]:
             number = len(plan.stages)
-            fraction = plan.warmup_fraction(0)
-            told = f"warmup_fraction={fraction:g} of the samples" if fraction else f"warmup_steps={ramp}"
             raise PlanError(
-                f"{told} is longer than the first of {number} equal stages. Use at most "
-                f"{f'{1 / number:.4g}' if fraction else plan.steps[0]}, or fewer doublings."
+                f"warmup_fraction={plan.warmup_fraction(0):g} of the samples is longer than the first of {number} equal "
+                f"stages. Use at most {1 / number:.4g}, or fewer doublings."
             )
         return plan
 

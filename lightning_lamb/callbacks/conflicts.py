@@ -47,8 +47,8 @@ def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation
                 raise ConflictError(f"LargeBatch and {name} both {what}: {remedy}.")
         if any(kind.__name__ == "BatchSizeFinder" for kind in type(callback).__mro__):
             raise BatchSizeError(
-                "BatchSizeFinder changes the micro-batch that LargeBatch has derived the accumulation from: remove it. Run "
-                "it, or Tuner.scale_batch_size, without LargeBatch, and give LargeBatch its micro_batch_size."
+                "BatchSizeFinder changes the micro-batch that LargeBatch has derived the accumulation from: remove it. "
+                "Run it, or Tuner.scale_batch_size, without LargeBatch, and give LargeBatch its micro_batch_size."
             )
     if trainer.accumulate_grad_batches not in (1, own_accumulation):
         raise ConflictError(

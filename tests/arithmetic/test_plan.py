@@ -155,7 +155,7 @@ def test_a_warm_up_in_steps():
     assert (plan.warmup_steps, plan.stages[0].warmup_fraction) == (100, 100 / 2442)
     with pytest.raises(PlanError, match="warmup_steps=3000 is above the 2442 optimizer steps"):
         make_plan(**{**OWN, "warmup_fraction": 0.0}, warmup_steps=3000)
-    with pytest.raises(PlanError, match=r"warmup_steps=900 is longer than the first of 3 equal stages. .* 814"):
+    with pytest.raises(PlanError, match="warmup_steps=900 is above the stage's steps=814"):
         make_plan(**{**OWN, "warmup_fraction": 0.0}, warmup_steps=900, doublings=2)
 
 

@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_lamb.errors import MissingDependencyError, PlanError
@@ -158,28 +158,6 @@ def register_strategies(build: Callable[..., Any]) -> None:
         registry.register(name, build, description="DeepSpeed for LAMB", override=True, **options)
 
 
-def sum_over_data_ranks(trainer: Trainer, value: Tensor) -> Tensor:
-    """The sum of a number over the ranks that see different samples. One all-reduce, none on one rank."""
-    if trainer.world_size == 1:
-        return value
-    total: Tensor = trainer.strategy.reduce(value, reduce_op="sum")
-    # Ranks of one tensor-parallel group reported the same samples.
-    return total * (data_parallel_size(trainer) / trainer.world_size)
-
-
-def largest_over_ranks(trainer: Trainer, value: Tensor) -> Tensor:
-    """The largest value of any rank. One all-reduce, none on one rank."""
-    if trainer.world_size == 1:
-        return value
-    largest: Tensor = trainer.strategy.reduce(value, reduce_op="max")
-    return largest
-
-
-def is_logging_step(trainer: Trainer) -> bool:
-    """Whether what is logged now reaches the loggers. Reads ``_logger_connector`` and ``_should_accumulate``."""
-    return bool(trainer.loggers and closes_window(trainer) and trainer._logger_connector.should_update_logs)
-
-
 # ---- the training data
 
 
@@ -189,6 +167,14 @@ def train_data_source(trainer: Trainer) -> Any:
     Reads ``fit_loop._data_source``.
     """
     return trainer.fit_loop._data_source.instance
+
+
+def present_loaders(trainer: Trainer) -> Any:
+    """The CombinedLoader that training iterates over now (``flattened`` lists its loaders), or None.
+
+    Reads ``fit_loop._combined_loader``.
+    """
+    return trainer.fit_loop._combined_loader
 
 
 def load_train_data(trainer: Trainer) -> list[Any]:

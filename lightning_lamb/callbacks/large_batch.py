@@ -24,7 +24,6 @@ from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
 from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
-from lightning_lamb.callbacks.window_loss import WindowLoss
 from lightning_lamb.callbacks.windows import WindowMean
 from lightning_lamb.checks import one_of, whole_number
 from lightning_lamb.errors import ConflictError, InvalidOptionError
@@ -137,7 +136,6 @@ class LargeBatch(Callback):
         self._before: LiveParameters | None = None
         self._window: WindowMean | None = None
         self.log_window_loss = log_window_loss
-        self._window_loss: WindowLoss | None = None
         self._restored: dict[str, Any] = {}
         self._forget_setup: Callable[[], None] = lambda: None
         self._resume = ExactResume(exact_resume)
@@ -179,14 +177,15 @@ class LargeBatch(Callback):
         """Sets accumulation, data and counting of a stage."""
         self._batch.enter(trainer, index)
         if self._window is not None:
-            self._window = WindowMean(self._batch.batches[index].micro_batch_size, self.loss_reduction)
+            size = self._batch.batches[index].micro_batch_size
+            self._window = WindowMean(size, self.loss_reduction, self.log_window_loss)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Logs the window's loss, and ends the epoch where a stage ends: the next one has data of its own."""
-        if self._window is not None and self._window_loss is not None:
-            self._window_loss.add(trainer, pl_module, outputs, self._window.last_count)
+        if self._window is not None:
+            self._window.publish(trainer, pl_module)
         if self.plan is not None and self.plan.at(trainer.global_step) != self.stage:
             end_epoch(trainer)
         self._resume.end_micro_batch(trainer, pl_module)
@@ -229,8 +228,7 @@ class LargeBatch(Callback):
             derived, learning_rates=rates, lr_factor=factor, warmup_steps=ramp, total_steps=total
         )
         if self.exact_windows and not strategy_accumulates(trainer):
-            self._window = WindowMean(derived.micro_batch_size, self.loss_reduction)
-            self._window_loss = WindowLoss(self.log_window_loss, self.loss_reduction)
+            self._window = WindowMean(derived.micro_batch_size, self.loss_reduction, self.log_window_loss)
         self._print(trainer, derived)
         drop_train_data_before_resume(trainer)
 
@@ -331,7 +329,12 @@ class LargeBatch(Callback):
         """Restores training's random numbers, and notes the micro-batch, whose samples count."""
         self._resume.begin_micro_batch(trainer)
         if self._window is not None:
-            self._window.expect(pl_module, batch)
+            self._window.expect(trainer, pl_module, batch, batch_idx)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Begins a window where Lightning does."""
+        if self._window is not None:
+            self._window.begin()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Weighs the micro-batch."""

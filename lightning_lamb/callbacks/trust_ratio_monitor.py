@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 
 from lightning_lamb.checks import one_of, regular_expression, whole_number
 from lightning_lamb.errors import InvalidOptionError
+from lightning_lamb.lightning_metric_seams import is_logging_step
 from lightning_lamb.lightning_seams import (
     Callback,
     LightningModule,
     Trainer,
     inner_optimizer,
-    is_logging_step,
     rank_zero_warn,
 )
 

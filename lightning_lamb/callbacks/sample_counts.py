@@ -1,0 +1,181 @@
+"""How many samples a micro-batch holds: told by the DataLoader, found in the batch, or asked for.
+
+A DataLoader over a dataset with a length draws ``min(batch_size, len(sampler) - i * batch_size)`` samples for its i-th
+batch. What a collate function made of them is looked for in the batch: the sizes there that equal the micro-batch when
+it is full are candidates, all of them, until they disagree (a feature dimension may have the same size by chance).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+    default_collate,
+)
+
+from lightning_lamb.callbacks.batch_sizes import Place, places, shared_sizes
+from lightning_lamb.errors import BatchSizeError, InvalidOptionError
+from lightning_lamb.lightning_seams import Trainer, present_loaders
+
+SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, SubsetRandomSampler, WeightedRandomSampler)
+"""Their length is how many samples they give; a user's own may be wrong about it."""
+
+
+class SampleCounter:
+    """Counts the samples of micro-batches.
+
+    Args:
+        micro_batch_size: samples in a full micro-batch, which none may exceed.
+    """
+
+    def __init__(self, micro_batch_size: int) -> None:
+        self.micro_batch_size = micro_batch_size
+        self._candidates: tuple[Place, ...] = ()
+        self._loaders: Any = None
+        self._drawn: tuple[int, int] | None = None  # batch size and samples of an epoch, where the loader's are known
+        self._dimensions = 2
+        self._batches = True
+
+    def count(self, trainer: Trainer, batch: Any, batch_idx: int) -> int:
+        """The samples of one micro-batch. No tensor is read, only its shape.
+
+        Args:
+            trainer: its dataloaders are looked at, when they are new.
+            batch: what ``training_step`` gets.
+            batch_idx: of the epoch.
+
+        Raises:
+            BatchSizeError: there are more than `micro_batch_size`.
+            InvalidOptionError: it cannot be told.
+        """
+        loaders = present_loaders(trainer)
+        if loaders is not self._loaders:
+            self._loaders = loaders
+            self._look_at([] if loaders is None else list(loaders.flattened))
+        drawn = None
+        if self._drawn is not None:
+            size, total = self._drawn
+            drawn = min(size, total - batch_idx * size)
+            if not 0 < drawn <= self.micro_batch_size:
+                drawn = None
+        found = None
+        for place in self._candidates:
+            size_here = place.read(batch)
+            if size_here is not None and size_here != found:
+                if found is not None:
+                    break
+                found = size_here
+        else:
+            if found is not None and (found == drawn if drawn is not None else found <= self.micro_batch_size):
+                return found
+        return self._find(batch, drawn)
+
+    def _look_at(self, loaders: list[Any]) -> None:
+        """Notes what the dataloaders tell."""
+        self._candidates, self._drawn = (), None
+        self._dimensions = 1 if loaders and all(_collates_by_default(loader) for loader in loaders) else 2
+        self._batches = not all(isinstance(one, DataLoader) and one.batch_sampler is None for one in loaders)
+        if len(loaders) == 1 and isinstance(loaders[0], DataLoader):
+            loader, batch_sampler = loaders[0], loaders[0].batch_sampler
+            known = type(batch_sampler) is BatchSampler and type(batch_sampler.sampler) in SAMPLERS
+            if known and not isinstance(loader.dataset, IterableDataset):
+                self._drawn = batch_sampler.batch_size, len(batch_sampler.sampler)  # type: ignore[union-attr,arg-type]
+
+    def _find(self, batch: Any, drawn: int | None) -> int:
+        """Finds out which sizes of the batch are its number of samples, or which of the candidates remain."""
+        if self.micro_batch_size == 1 and not self._batches:
+            return 1  # a sample as it is, without a dimension of samples
+        expected = self.micro_batch_size if drawn is None else drawn
+        known: dict[Place, int] = {}
+        sizes: dict[Place, int] = {}
+        for dimensions in sorted({self._dimensions, 2}):
+            sizes = places(batch, dimensions)
+            known = {place: sizes[place] for place in self._candidates if place in sizes}
+            chosen = _having(expected, known or sizes)
+            if chosen and (drawn is not None or len(set(known.values())) <= 1):
+                self._candidates = chosen
+                return expected
+            size = self._shared(batch, dimensions, set(known.values()), sizes, drawn)
+            if size is not None:
+                self._candidates = _having(size, known) or _having(size, sizes)
+                return size
+        if drawn is not None:  # the collate function made something else of them (a graph, a packed row)
+            return drawn
+        raise InvalidOptionError(_unknown(batch, self.micro_batch_size, known or sizes))
+
+    def _shared(
+        self, batch: Any, dimensions: int, candidates: set[int], sizes: dict[Place, int], drawn: int | None
+    ) -> int | None:
+        """The one size that all parts of the batch share, where the candidates do not decide.
+
+        Args:
+            batch: the batch.
+            dimensions: of tensors, how many are looked at.
+            candidates: what stands where the number of samples was before.
+            sizes: all sizes of the batch.
+            drawn: how many samples the dataloader drew, if that is known.
+        """
+        full = self.micro_batch_size
+        shared = shared_sizes(batch, dimensions if drawn is None else 1) or set()
+        possible = {size for size in shared if size <= full}
+        if drawn is not None:  # the collate function dropped some; or the loader began anew in the middle of an epoch
+            dropped = len(candidates) == 1 and possible == candidates
+            return possible.pop() if dropped and (max(possible) < drawn or self._dimensions == 1) else None
+        if len(candidates) > 1:
+            possible &= candidates
+            if len(possible) != 1:
+                possible = {size for size in candidates if size <= full}
+        if len(possible) == 1:
+            return possible.pop()
+        if shared and min(shared) > full:
+            raise BatchSizeError(_too_many(min(shared), full, _having(min(shared), sizes)))
+        return None
+
+
+def samples_in(batch: Any) -> int:
+    """The samples of a batch of which nothing is known but its structure: a size that all its parts share.
+
+    Raises:
+        InvalidOptionError: there is none.
+    """
+    for dimensions in (1, 2):
+        shared = shared_sizes(batch, dimensions)
+        if shared and len(shared) == 1:
+            return shared.pop()
+    raise InvalidOptionError(_unknown(batch, None, places(batch)))
+
+
+def _having(size: int, sizes: dict[Place, int]) -> tuple[Place, ...]:
+    """The places where ``size`` is."""
+    return tuple(place for place, here in sizes.items() if here == size)
+
+
+def _collates_by_default(loader: Any) -> bool:
+    return isinstance(loader, DataLoader) and loader.batch_sampler is not None and loader.collate_fn is default_collate
+
+
+def _too_many(size: int, full: int, where: Iterable[Place]) -> str:
+    shown = ", ".join(map(str, list(where)[:3]))
+    return (
+        f"a micro-batch holds {size} samples ({shown} = {size}), more than micro_batch_size={full}, which the "
+        "accumulation was derived from: the global batch would be larger than announced. Give LargeBatch the "
+        "micro_batch_size that the data has, or call lightning_lamb.callbacks.report_count(self, n) in training_step."
+    )
+
+
+def _unknown(batch: Any, full: int | None, sizes: dict[Place, int]) -> str:
+    shown = ", ".join(f"{place} = {size}" for place, size in list(sizes.items())[:8]) or "no size in it"
+    micro = "" if full is None else f" (at most {full})"
+    return (
+        f"LargeBatch cannot tell how many samples{micro} a batch of type {type(batch).__name__} holds; candidates: "
+        f"{shown}. Call lightning_lamb.callbacks.report_count(self, n) in training_step, or set exact_windows=False."
+    )

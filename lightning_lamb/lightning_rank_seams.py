@@ -1,0 +1,35 @@
+"""Numbers over all ranks: every rank must call these, in the same order, whatever the ranks do not share."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_lamb.lightning_seams import Trainer, data_parallel_size
+
+
+def sum_over_data_ranks(trainer: Trainer, values: Tensor) -> Tensor:
+    """Sums over the ranks that see different samples. One all-reduce, none on one rank.
+
+    Args:
+        trainer: the Trainer.
+        values: any shape; may be overwritten.
+    """
+    if trainer.world_size == 1:
+        return values
+    # Ranks of one tensor-parallel group reported the same samples.
+    return _reduced(trainer, values, "SUM") * (data_parallel_size(trainer) / trainer.world_size)
+
+
+def largest_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
+    """The largest of any rank, element by element. One all-reduce, none on one rank; ``values`` may be overwritten."""
+    return values if trainer.world_size == 1 else _reduced(trainer, values, "MAX")
+
+
+def _reduced(trainer: Trainer, values: Tensor, operation: str) -> Tensor:
+    """``strategy.reduce`` is a barrier and an all-reduce: for where torch.distributed is not in use."""
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(values, getattr(dist.ReduceOp, operation))
+        return values
+    reduced: Tensor = trainer.strategy.reduce(values, reduce_op=operation.lower())
+    return reduced

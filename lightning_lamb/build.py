@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast, get_type_hints
 
 import torch
@@ -111,8 +111,12 @@ def said_options(target: Callable[..., Any], options: Mapping[str, Any]) -> dict
 
 
 def _refuse_nothing(members: list[Any], owner: str) -> None:
-    """Raises where torch would say that it got an empty parameter list."""
-    if not any(len(list(group["params"])) if isinstance(group, dict) else True for group in members):
+    """Raises where torch would say that it got an empty parameter list. Generators in groups become lists."""
+    for group in members:
+        if isinstance(group, dict) and isinstance(group.get("params"), Iterator):
+            group["params"] = list(group["params"])
+    groups = [group.get("params", ()) if isinstance(group, dict) else group for group in members]
+    if all(isinstance(params, (list, tuple, set)) and not params for params in groups):
         raise InvalidOptionError(
             f"{owner} has no parameter to train: all are frozen (requires_grad=False), or none exists yet. Unfreeze "
             "some before the optimizer is made (in __init__, setup or configure_model; a fine-tuning callback must "

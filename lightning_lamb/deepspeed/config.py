@@ -99,6 +99,34 @@ def refuse_double_clipping(config: Mapping[str, Any], max_grad_norm: float | Non
         )
 
 
+def takes_over_parameters(config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed puts tensors of its own into the optimizer: everywhere but in float32 at stage 0.
+
+    Args:
+        config: of DeepSpeed, with the precision filled in.
+    """
+    stage = (config.get("zero_optimization") or {}).get("stage", 0)
+    return bool(stage) or any((config.get(half) or {}).get("enabled") for half in ("fp16", "bf16", "bfloat16"))
+
+
+def refuse_trainers_clipping(config: Mapping[str, Any], gradient_clip_val: float | None) -> None:
+    """Raises where the Trainer clips at another norm than the config, which alone would count.
+
+    Args:
+        config: of DeepSpeed, as the user wrote it.
+        gradient_clip_val: the Trainer's.
+
+    Raises:
+        ConflictError: both are set, and differ.
+    """
+    inside = config.get("gradient_clipping")
+    if inside is not None and gradient_clip_val and inside != gradient_clip_val:
+        raise ConflictError(
+            f'"gradient_clipping": {inside} in the DeepSpeed config and Trainer(gradient_clip_val='
+            f"{gradient_clip_val}): only the config's would be used. Leave one of them out."
+        )
+
+
 def refuse_half_without_zero(config: Mapping[str, Any]) -> None:
     """Raises for float16 at stage 0, where DeepSpeed divides gradients by a loss scale that the loss never had.
 

@@ -6,16 +6,20 @@ DeepSpeed looks for optimizers that it does not know in ``torch.optim``, and for
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
+from lightning_lamb.build import build_optimizer, build_schedule
 from lightning_lamb.checks import options_of_call
 from lightning_lamb.deepspeed.versions import load_deepspeed
 from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.optimizers import Lamb, Lars, LayerwiseOptimizer
+from lightning_lamb.optimizers.hosted import refuse_unsupported_options
 from lightning_lamb.schedules import StagedWarmup
+from lightning_lamb.sharding.annotate import annotate
 
 FUSED_LAMB_BOUNDS = {"min_coeff": 0.01, "max_coeff": 10.0}
 """Options of DeepSpeed's FusedLamb that are ``trust_ratio_bounds`` here, and its defaults."""
@@ -31,14 +35,15 @@ def lightning_lamb(params: Any, **options: Any) -> Lamb:
             ``trust_ratio_bounds``.
 
     Raises:
-        InvalidOptionError: an option that neither knows, or one of FusedLamb that has no counterpart.
+        InvalidOptionError: an option that neither knows, one of FusedLamb that has no counterpart, or one that cannot
+            hold under DeepSpeed (``state_dtype``, ``capturable``).
     """
-    return Lamb(params, **_translated(Lamb, options))
+    return _built(params, Lamb, options)
 
 
 def lightning_lars(params: Any, **options: Any) -> Lars:
     """Builds `Lars` from the ``params`` of a JSON entry; see `lightning_lamb`."""
-    return Lars(params, **_translated(Lars, options))
+    return _built(params, Lars, options)
 
 
 def staged_warmup(optimizer: torch.optim.Optimizer, **options: Any) -> StagedWarmup:
@@ -47,7 +52,8 @@ def staged_warmup(optimizer: torch.optim.Optimizer, **options: Any) -> StagedWar
     Raises:
         InvalidOptionError: an option that it does not know, or a value that makes no sense.
     """
-    return StagedWarmup(optimizer, **options_of_call('"scheduler" in the DeepSpeed config', options, StagedWarmup))
+    given = options_of_call('"scheduler" in the DeepSpeed config', options, StagedWarmup)
+    return build_schedule(optimizer, given, follow=False)  # the engine steps it after steps that were made
 
 
 OPTIMIZERS: dict[str, Callable[..., LayerwiseOptimizer]] = {
@@ -70,6 +76,36 @@ def register() -> None:
         # Otherwise ZeRO wants "zero_allow_untested_optimizer"; it looks for the exact class.
         if kind not in utils.ZERO_SUPPORTED_OPTIMIZERS:
             utils.ZERO_SUPPORTED_OPTIMIZERS.append(kind)
+
+
+Ours = TypeVar("Ours", Lamb, Lars)
+
+
+def _built(params: Any, kind: type[Ours], options: dict[str, Any]) -> Ours:
+    """The optimizer, with the names of the engine's module where an engine asks for it."""
+    given = _translated(kind, options)
+    engine = _calling_engine()
+    if engine is not None:
+        annotate(engine.module)
+        half = engine.fp16_enabled() or engine.bfloat16_enabled()
+        if half or engine.zero_optimization_stage():
+            refuse_unsupported_options(given)
+    return cast("Ours", build_optimizer(params, kind, given, owner="the model given to DeepSpeed"))
+
+
+def _calling_engine() -> Any:
+    """The DeepSpeed engine that is building its optimizer, or None: it hands over parameters without their names."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    frame = sys._getframe(1)  # noqa: SLF001 - the one way to see who constructs
+    for _ in range(8):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, DeepSpeedEngine):
+            return owner
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
 
 
 def _translated(kind: type[LayerwiseOptimizer], options: dict[str, Any]) -> dict[str, Any]:

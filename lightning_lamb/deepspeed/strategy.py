@@ -23,6 +23,8 @@ from lightning_lamb.deepspeed.json_entries import SCHEDULERS
 from lightning_lamb.deepspeed.versions import load_deepspeed
 from lightning_lamb.errors import ConflictError
 from lightning_lamb.lightning_seams import closes_window, is_fitting, load_lightning, reset_seed, total_optimizer_steps
+from lightning_lamb.optimizers import LayerwiseOptimizer, ShardedStateOptimizer
+from lightning_lamb.optimizers.hosted import refuse_unsupported_options
 from lightning_lamb.schedules import StagedWarmup
 from lightning_lamb.sharding.annotate import annotate
 
@@ -108,7 +110,7 @@ class LambDeepSpeedStrategy(DeepSpeedStrategy):
         """Lightning's, after the last checks; on the CPU with a rank for the device index that it does not have."""
         assert isinstance(self.config, dict)
         annotate(model)
-        self._refuse_two_clippings(optimizer)
+        self._refuse_options(optimizer)
         if not self._on_cpu:
             return super()._setup_model_and_optimizer(model, optimizer, lr_scheduler)
         engine, wrapper, _, _ = load_deepspeed().initialize(
@@ -149,6 +151,8 @@ class LambDeepSpeedStrategy(DeepSpeedStrategy):
         """Lightning's, after comparing batch sizes with LargeBatch."""
         assert isinstance(self.config, dict)
         module = self.lightning_module
+        if module is not None:
+            configs.refuse_trainers_clipping(self.config, module.trainer.gradient_clip_val)
         large_batch = None if module is None else large_batch_of(module.trainer)
         if large_batch is not None:
             derived = large_batch.derived
@@ -196,10 +200,13 @@ class LambDeepSpeedStrategy(DeepSpeedStrategy):
                 "Remove the config's entry, or let configure_optimizers return None (leave LambMixin out)."
             )
 
-    def _refuse_two_clippings(self, optimizer: Any) -> None:
+    def _refuse_options(self, optimizer: Any) -> None:
         assert isinstance(self.config, dict)
+        ours = isinstance(optimizer, (LayerwiseOptimizer, ShardedStateOptimizer))
         for group in getattr(optimizer, "param_groups", []):
             configs.refuse_double_clipping(self.config, group.get("max_grad_norm"))
+            if ours and configs.takes_over_parameters(self.config):
+                refuse_unsupported_options(group)
 
     # ---- checkpoints
 

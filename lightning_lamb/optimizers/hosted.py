@@ -93,14 +93,15 @@ class Host:
 
         Raises:
             ConflictError: ``max_grad_norm``: a norm over all gradients, where only a part of them is here.
-            InvalidOptionError: ``capturable``, whose step count DeepSpeed's checkpoints cannot hold.
+            InvalidOptionError: see `refuse_unsupported_options`.
         """
         groups = optimizer.param_groups
         self.active = self.active or self._swapped(groups)
         if not self.active:
             return False
         self.heal(groups)
-        _refuse(groups)
+        for group in groups:
+            refuse_unsupported_options(group)
         fresh = []
         for parameter in [parameter for group in groups for parameter in group["params"]]:
             found = optimizer.state[parameter]
@@ -223,17 +224,36 @@ class Host:
         return next(index for index, members in enumerate(self._members) if members.group is group)
 
 
-def _refuse(groups: Sequence[Mapping[str, Any]]) -> None:
-    for group in groups:
-        if group["max_grad_norm"] is not None:
-            raise ConflictError(
-                f"max_grad_norm={group['max_grad_norm']} under DeepSpeed: it steps the optimizer group by group, so no "
-                "step sees all gradients, and it clips itself. Leave max_grad_norm out and write "
-                f'"gradient_clipping": {group["max_grad_norm"]} into the DeepSpeed config (under Lightning: '
-                f"Trainer(gradient_clip_val={group['max_grad_norm']})), which is as exact."
-            )
-        if group["capturable"]:
-            raise InvalidOptionError(
-                "capturable=True under DeepSpeed: its checkpoints hold the step count as a number, so a CUDA graph "
-                "cannot own it. Leave capturable unset."
-            )
+def refuse_unsupported_options(options: Mapping[str, Any]) -> None:
+    """Raises for options that cannot hold once DeepSpeed has put tensors of its own into the optimizer.
+
+    Args:
+        options: of the optimizer, or of one of its parameter groups.
+
+    Raises:
+        ConflictError: clipping by norm, which DeepSpeed does itself.
+        InvalidOptionError: an option that its partitions or its checkpoints cannot hold.
+    """
+    limit = options.get("max_grad_norm")
+    if limit is not None:
+        raise ConflictError(
+            f"max_grad_norm={limit} under DeepSpeed: it steps the optimizer group by group, so no step sees all "
+            "gradients, and it clips itself. Leave max_grad_norm out and write "
+            f'"gradient_clipping": {limit} into the DeepSpeed config (under Lightning: '
+            f"Trainer(gradient_clip_val={limit})), which is as exact."
+        )
+    if options.get("capturable"):
+        raise InvalidOptionError(
+            "capturable=True under DeepSpeed: its checkpoints hold the step count as a number, so a CUDA graph cannot "
+            "own it. Leave capturable unset."
+        )
+    if options.get("state_dtype") is not None:
+        raise InvalidOptionError(
+            f"state_dtype={options['state_dtype']!r} under DeepSpeed: it partitions, saves and converts the moments as "
+            "float32. Leave state_dtype unset; ZeRO divides the memory over ranks, and offload_optimizer moves it."
+        )
+    if options.get("differentiable"):
+        raise InvalidOptionError(
+            "differentiable=True under DeepSpeed: its partitions are tensors without a graph. Leave differentiable "
+            "unset."
+        )

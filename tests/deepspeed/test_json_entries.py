@@ -135,6 +135,58 @@ def test_the_configs_in_the_docs_train_as_they_stand():
         assert 0 < moved < 0.1, page
 
 
+def run_unnamed_and_unsupported() -> dict[str, Any]:
+    import lightning_lamb.deepspeed  # noqa: F401 - what makes the names known
+
+    found: dict[str, Any] = {}
+    for stage in (1, 3):
+        model = Layers()
+        engine = made_engine(
+            model,
+            ds_config(stage, "bf16", optimizer=entry()),
+            model_parameters=[p for _, p in named(model)],
+        )
+        train(engine, [0])
+        found[f"names at stage {stage}"] = sorted(engine.basic_optimizer.trust_ratios)
+        engine.destroy()
+    for option, value in (("state_dtype", "bfloat16"), ("capturable", True), ("differentiable", True)):
+        model = Layers()
+        try:
+            made_engine(
+                model,
+                ds_config(2, "bf16", optimizer=entry(**{option: value})),
+                model_parameters=[p for _, p in named(model)],
+            )
+            found[option] = "no error"
+        except Exception as error:  # noqa: BLE001 - its text is the result
+            found[option] = f"{type(error).__name__}: {error}"
+    model = Layers()
+    engine = made_engine(
+        model,
+        ds_config(0, "fp32", optimizer=entry(state_dtype="bfloat16")),
+        model_parameters=[p for _, p in named(model)],
+    )
+    train(engine, [0])
+    states = engine.basic_optimizer.state.values()
+    found["obeyed"] = {str(state["exp_avg"].dtype) for state in states if "exp_avg" in state}
+    engine.destroy()
+    return found
+
+
+def test_a_json_entry_knows_the_modules_names_and_refuses_at_once_what_cannot_hold():
+    """Hugging Face's Trainer hands over parameters without names: ratios were called group0.param0. ``state_dtype`` was
+    ignored."""
+    (found,) = on_ranks(run_unnamed_and_unsupported, 1)
+    names = sorted(name for name, _ in Layers().named_parameters() if name.endswith(".w") and "layers" in name)
+    for stage in (1, 3):
+        assert set(found[f"names at stage {stage}"]) <= set(names), found
+        assert found[f"names at stage {stage}"], found
+    for option in ("state_dtype", "capturable", "differentiable"):
+        assert found[option].startswith(f"InvalidOptionError: {option}="), found[option]
+        assert "under DeepSpeed" in found[option]
+    assert found["obeyed"] == {"torch.bfloat16"}  # float32 at stage 0: the tensors are the optimizer's own
+
+
 def test_the_rates_above_are_the_schedule():
     stages = [Stage(**stage) for stage in STAGES]
     peak = [0.01] * 6 + [0.005] * 4

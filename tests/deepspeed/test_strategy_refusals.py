@@ -28,6 +28,16 @@ def run_refusals() -> dict[str, str]:
         "clipped twice": lambda: fit(
             2, config={"gradient_clipping": 1.0}, model=Model(lamb_options={"max_grad_norm": 2.0})
         ),
+        "state_dtype": lambda: fit(2, model=Model(lamb_options={"state_dtype": "bfloat16"})),
+        "capturable": lambda: fit(2, model=Model(lamb_options={"capturable": True})),
+        "max_grad_norm": lambda: fit(2, model=Model(lamb_options={"max_grad_norm": 2.0})),
+        "state_dtype in the config": lambda: fit(
+            2,
+            config={"optimizer": {"type": "LightningLamb", "params": {"lr": LR, "state_dtype": "bfloat16"}}},
+            model=from_config(pl),
+        ),
+        "two bounds": lambda: fit(2, config={"gradient_clipping": 1.0}, gradient_clip_val=0.5),
+        "clipping switched off": lambda: fit(2, config={"gradient_clipping": 0.0}, gradient_clip_val=0.5),
         "other batch": lambda: fit(2, config={"train_batch_size": 4}, callbacks=[LargeBatch(global_batch_size=8)]),
         "other micro-batch": lambda: fit(
             2, config={"train_micro_batch_size_per_gpu": 4}, callbacks=[LargeBatch(global_batch_size=8)]
@@ -51,6 +61,12 @@ def test_contradictions_are_refused_before_training():
         "fused": ("ConflictError", "FusedLamb", "lamb_is_ours"),
         "clipped twice by the config": ("ConflictError", "clipped twice"),
         "clipped twice": ("ConflictError", "clipped twice"),
+        "state_dtype": ("InvalidOptionError", "state_dtype='bfloat16' under DeepSpeed", "Leave state_dtype unset"),
+        "state_dtype in the config": ("InvalidOptionError", "state_dtype='bfloat16' under DeepSpeed"),
+        "capturable": ("InvalidOptionError", "capturable=True under DeepSpeed"),
+        "max_grad_norm": ("ConflictError", "max_grad_norm=2.0 under DeepSpeed", "gradient_clip_val=2.0"),
+        "two bounds": ("ConflictError", '"gradient_clipping": 1.0', "gradient_clip_val=0.5", "Leave one"),
+        "clipping switched off": ("ConflictError", '"gradient_clipping": 0.0', "gradient_clip_val=0.5"),
         "other batch": ("BatchSizeError", "train_batch_size"),
         "other micro-batch": ("BatchSizeError", "train_micro_batch_size_per_gpu"),
     }.items():

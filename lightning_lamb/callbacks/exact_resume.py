@@ -12,21 +12,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lamb.callbacks.data_order import DataOrder, ResumableLoader, is_stateful, resumable
+from lightning_lamb.callbacks.data_order import DataOrder, resumable, skips_by_index
+from lightning_lamb.callbacks.data_streams import is_stateful
+from lightning_lamb.callbacks.order_seeds import OrderSeeds
 from lightning_lamb.callbacks.position import Position, present_position
 from lightning_lamb.callbacks.random_states import RandomStates, TrainingRandomness
+from lightning_lamb.lightning_resume_seams import (
+    begin_epoch_anew,
+    count_steps_for_loggers,
+    gather_over_ranks,
+    loader_states,
+    replace_train_loaders,
+    skip_by_iterating,
+)
 from lightning_lamb.lightning_seams import (
     LightningModule,
     Trainer,
-    begin_epoch_anew,
     closes_window,
-    count_steps_for_loggers,
     data_parallel_size,
     device_of,
-    loader_states,
     rank_zero_warn,
-    replace_train_loaders,
-    skip_by_iterating,
 )
 from lightning_lamb.sharding.annotate import clean_name
 
@@ -48,6 +53,7 @@ class ExactResume:
         self._order: DataOrder | None = None
         self._buffers = WindowBuffers()
         self._loader_states: list[dict[str, Any]] = []
+        self._restored_states: list[Any] = []
         self._first_micro_batch = False
 
     # ---- training
@@ -65,15 +71,22 @@ class ExactResume:
             return
         states = _of_rank(saved, trainer.global_rank)
         self._randomness = TrainingRandomness(device_of(module), states)
-        self._order = DataOrder(
-            self._randomness, lambda: trainer.current_epoch, saved.get("order_seed"), data_parallel_size(trainer)
-        )
+        seeds = OrderSeeds.of(saved, trainer.global_rank, lambda seed: gather_over_ranks(trainer, seed))
+        ranks = data_parallel_size(trainer)
+        self._order = DataOrder(self._randomness, lambda: trainer.current_epoch, seeds, ranks)
         if position is not None:
             self._order.begin_at(position.epoch, position.micro_batches)
-        self.take_loaders(trainer)
+        begins_pass = position is not None and position.micro_batches == 0
+        self.take_loaders(trainer, self._restored_states if begins_pass else None)
+        self._restored_states = []
 
-    def take_loaders(self, trainer: Trainer) -> None:
-        """Replaces ordinary dataloaders, where there are new ones, and skips what was seen."""
+    def take_loaders(self, trainer: Trainer, states: list[Any] | None = None) -> None:
+        """Replaces dataloaders, where there are new ones, and skips what was seen.
+
+        Args:
+            trainer: before the first micro-batch of an epoch.
+            states: of stateful loaders, which are to begin anew from there.
+        """
         self._loader_states = [_copied(state) for state in loader_states(trainer)]  # a window begins here
         order = self._order
         if order is None:
@@ -82,10 +95,13 @@ class ExactResume:
 
         def replace(before: list[Any]) -> list[Any]:
             loaders.extend(before)
-            return [resumable(loader, order, skips=len(before) == 1) for loader in before]
+            alone = len(before) == 1
+            return [resumable(loader, index, order, skips=alone) for index, loader in enumerate(before)]
 
-        replace_train_loaders(trainer, replace)
-        if order.skip() and not _skips_itself(loaders) and not skip_by_iterating(trainer, order.skip()):
+        replace_train_loaders(trainer, replace, states)
+        with order.randomness.undisturbed():
+            has_skipped = not order.skip() or _skips_itself(loaders) or skip_by_iterating(trainer, order.skip())
+        if not has_skipped:
             rank_zero_warn(
                 f"LargeBatch cannot skip the {order.skip()} micro-batches that this epoch has seen already, because "
                 "training_step takes the iterator of the dataloader: the data begins anew. Give the dataloader "
@@ -139,16 +155,18 @@ class ExactResume:
             everyone: list[Any] = [None] * dist.get_world_size()
             dist.all_gather_object(everyone, gathered[0])
             gathered = everyone
-        return {**saved, "order_seed": self._order.seed, **_without_copies(gathered)}
+        return {**saved, **self._order.seeds.save(), **_without_copies(gathered)}
 
-    def load(self, position: Position, saved: dict[str, Any]) -> None:
+    def load(self, position: Position, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         """Remembers a checkpoint until training starts.
 
         Args:
             position: in this run's micro-batches.
             saved: what `save` returned.
+            checkpoint: holds the states of stateful dataloaders too.
         """
         self._resumed_at, self._saved = position, saved
+        self._restored_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
 
 
 class WindowBuffers:
@@ -183,7 +201,7 @@ def _skips_itself(loaders: list[Any]) -> bool:
     """Whether the loaders continue where they were without being iterated."""
     if any(is_stateful(loader) for loader in loaders):
         return True  # what Lightning restored must not be moved
-    return len(loaders) == 1 and isinstance(loaders[0], (ResumableLoader, torch.utils.data.DataLoader))
+    return len(loaders) == 1 and skips_by_index(loaders[0])
 
 
 def _copied(state: Any) -> Any:

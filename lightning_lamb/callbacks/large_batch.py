@@ -279,7 +279,7 @@ class LargeBatch(Callback):
                 position = self._begin_stage_at(checkpoint, position)
             accumulations = saved["accumulate_grad_batches"], derived.accumulate_grad_batches
             self._position = write_position(checkpoint, position, *accumulations)
-            self._resume.load(self._position, where)
+            self._resume.load(self._position, where, checkpoint)
         self._restored = saved
 
     def _begin_stage_at(self, checkpoint: dict[str, Any], position: Position) -> Position:

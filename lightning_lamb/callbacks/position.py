@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from lightning_lamb.lightning_seams import Trainer, loop_counters
+from lightning_lamb.lightning_resume_seams import loop_counters
+from lightning_lamb.lightning_seams import Trainer
 
 
 @dataclasses.dataclass(frozen=True)

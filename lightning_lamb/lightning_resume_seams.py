@@ -1,0 +1,103 @@
+"""Where a resumed ``fit`` continues, in its loops and its loaders: the third file of Lightning's insides.
+
+As in `lightning_lamb.lightning_seams`, the functions say which attributes they read and write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from lightning_lamb.lightning_seams import Trainer
+
+
+def loop_counters(trainer: Trainer) -> tuple[Any, Any]:
+    """The present epoch's and micro-batch's counters (ready, started, processed, completed; ``is_last_batch``)."""
+    loop = trainer.fit_loop
+    return loop.epoch_progress.current, loop.epoch_loop.batch_progress
+
+
+def begin_epoch_anew(trainer: Trainer) -> None:
+    """Makes a resumed fit begin its epoch as if nothing had been resumed; call it in ``on_train_start``.
+
+    Otherwise Lightning takes the first micro-batch for the end of an earlier epoch. Writes ``_restarting``.
+    """
+    loop = trainer.fit_loop
+    loop._restarting = False
+    loop.epoch_loop.restarting = False
+    for inner in (loop, loop.epoch_loop, loop.epoch_loop.val_loop):
+        if hasattr(inner, "reset_restart_stage"):  # not in Lightning 2.5.0
+            inner.reset_restart_stage()
+
+
+def count_steps_for_loggers(trainer: Trainer) -> None:
+    """Makes the loggers' step the optimizer's, which a resumed fit may be one off. Writes ``_batches_that_stepped``."""
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def replace_train_loaders(
+    trainer: Trainer, replace: Callable[[list[Any]], list[Any]], states: list[Any] | None = None
+) -> None:
+    """Exchanges the training dataloaders that were made, and begins to iterate over the new ones.
+
+    A new one with ``take_over`` goes on with the iterator of the old one: a loader that got its state back from the
+    checkpoint would begin anew with a second iterator, unless it gets ``states`` again before. Writes
+    ``fit_loop._combined_loader.flattened`` and ``._iterator``, and iterates ``fit_loop._data_fetcher``.
+
+    Args:
+        trainer: between making the loaders and the first micro-batch.
+        replace: gets the loaders and returns as many.
+        states: of the loaders that have one; all begin to iterate from there.
+    """
+    combined, fetcher = trainer.fit_loop._combined_loader, trainer.fit_loop._data_fetcher
+    if combined is None or fetcher is None:
+        return
+    before = list(combined.flattened)
+    after = replace(before)
+    if all(old is new for old, new in zip(before, after)):
+        return
+    combined.flattened = after
+    if states is not None:
+        combined._load_state_dicts(states)
+        iter(fetcher)
+        return
+    passes = combined._iterator
+    kept = {i: passes.iterators[i] for i, new in enumerate(after) if passes is not None and hasattr(new, "take_over")}
+    if passes is not None and len(kept) == len(after):
+        passes.iterables, passes.iterators = after, [new.take_over(kept[i]) for i, new in enumerate(after)]
+        return
+    for i, iterator in kept.items():  # a loader with a state beside one without: only the latter begins a new pass
+        combined.flattened[i].hold(iterator)
+    iter(fetcher)
+
+
+def skip_by_iterating(trainer: Trainer, micro_batches: int) -> bool:
+    """Fetches and forgets micro-batches. Calls ``next(fit_loop._data_fetcher)``.
+
+    Returns:
+        Whether that was possible: not for a training_step that takes the iterator.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is None or hasattr(fetcher, "iterator_wrapper"):
+        return False
+    for _ in range(micro_batches):
+        next(fetcher, None)
+    fetcher.fetched = 0  # Lightning adds what the checkpoint counted
+    return True
+
+
+def loader_states(trainer: Trainer) -> list[dict[str, Any]]:
+    """The states of stateful training loaders, as a checkpoint would hold them. Calls ``_state_dicts()``."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else combined._state_dicts()
+
+
+def gather_over_ranks(trainer: Trainer, value: int) -> list[int]:
+    """Every rank's number, on every rank. One collective, none on one rank."""
+    if trainer.world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value] * trainer.world_size
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, value)
+    return everyone

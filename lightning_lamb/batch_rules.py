@@ -67,24 +67,33 @@ class BatchRules:
         """Whether a warm-up was asked for."""
         return bool(self.warmup_fraction or self.warmup_steps)
 
+    @property
+    def asks_about_rates(self) -> bool:
+        """Whether anything here says what the learning rate is to be."""
+        return self.asks_for_warmup or self.base_lr is not None or self._scale != 1.0
+
     def lr_factor(self, optimizer: Optimizer) -> float:
         """By how much an optimizer's learning rates are multiplied, once.
 
         With base_lr, the optimizer's default becomes that; groups with rates of their own keep their ratio to it.
 
         Raises:
-            InvalidOptionError: base_lr, and an optimizer whose own rate is 0.
+            InvalidOptionError: base_lr, and an optimizer whose own rate is 0 or that has none.
         """
-        factor = scaled_lr(1.0, self._base, self.global_batch_size, self.lr_scaling)
         if self.base_lr is None:
-            return factor
+            return self._scale
+        if "lr" not in optimizer.defaults:
+            raise InvalidOptionError(
+                f"base_lr={self.base_lr} cannot replace the learning rate of {type(optimizer).__name__}, which has no "
+                "default lr: leave base_lr out and give the rate to its groups."
+            )
         default = float(optimizer.defaults["lr"])
         if default <= 0.0:
             raise InvalidOptionError(
                 f"base_lr={self.base_lr} cannot replace the optimizer's lr={default}: the groups' ratio to it is "
                 "unknown. Give the optimizer a positive lr."
             )
-        return factor * self.base_lr / default
+        return self._scale * self.base_lr / default
 
     def warmup(self, total_steps: int, *, shorten: bool = False) -> int:
         """The warm-up in optimizer steps.
@@ -126,6 +135,10 @@ class BatchRules:
     @property
     def _base(self) -> int:
         return self.global_batch_size if self.base_batch_size is None else self.base_batch_size
+
+    @property
+    def _scale(self) -> float:
+        return scaled_lr(1.0, self._base, self.global_batch_size, self.lr_scaling)
 
     def _warmup_fraction(self) -> float:
         return scaled_warmup_fraction(self.warmup_fraction, self._base, self.global_batch_size)

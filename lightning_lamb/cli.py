@@ -110,9 +110,6 @@ class LambCLI(LightningCLI):
         if isinstance(scheduler, ReduceLROnPlateau):
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": scheduler.monitor}}
         interval = self._get(self.config_init, "lr_interval")
-        large_batch = large_batch_of(trainer)
-        if large_batch is not None and interval == "epoch":
-            large_batch.scheduler_interval = "epoch"
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": interval, "name": "lr"}}
 
     def _build_optimizer(self, module: Any, init: Any) -> Optimizer:

@@ -95,8 +95,8 @@ class PlanOptions:
         if self.doublings and ramp > plan.steps[0]:
             number = len(plan.stages)
             raise PlanError(
-                f"warmup_fraction={plan.warmup_fraction(0):g} of the samples is longer than the first of {number} equal "
-                f"stages. Use at most {1 / number:.4g}, or fewer doublings."
+                f"warmup_fraction={plan.warmup_fraction(0):g} of the samples is longer than the first of {number} "
+                f"equal stages. Use at most {1 / number:.4g}, or fewer doublings."
             )
         return plan
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -70,6 +71,7 @@ class StagedWarmup(LRScheduler):
     """
 
     _starting = False  # True within the step that a scheduler takes when it is made
+    _told_end = False  # True once it was said that the schedule is over
     _optimizer_steps: int | None = None  # since the last step(); None where nobody counts
 
     def __init__(
@@ -150,6 +152,37 @@ class StagedWarmup(LRScheduler):
         self.stages, self._given_stages = planned, True
         self._write_learning_rates()
 
+    def continue_from(self, step: int, base_lrs: Sequence[float]) -> None:
+        """Go on at an optimizer step, with these base learning rates, after a checkpoint that knew no schedule.
+
+        Args:
+            step: Optimizer steps done.
+            base_lrs: One per group; later groups keep their own.
+        """
+        self.last_epoch, self._step_count = step, step + 1
+        self.base_lrs = [*base_lrs, *self._base_lrs()[len(base_lrs) :]]
+        for group, base_lr in zip(self.optimizer.param_groups, self.base_lrs):
+            group.setdefault("initial_lr", base_lr)
+        self._write_learning_rates()
+
+    def tell_end(self, training_steps: int | None = None) -> None:
+        """Warn, once, that the schedule ends before the training does.
+
+        Args:
+            training_steps: Optimizer steps of the training, if known.
+        """
+        if self._told_end or self.stages is None:
+            return
+        self._told_end = True
+        end = learning_rate(self.stages, self.total_steps or 0, 1.0, 1.0)
+        longer = "goes on" if training_steps is None else f"makes {training_steps}"
+        warnings.warn(
+            f"StagedWarmup ends after {self.total_steps} optimizer steps, and the training {longer}: from there on the "
+            f"learning rate stays at {end:g} x the optimizer's. Give the schedule the training's length (leave "
+            "total_steps out under LambMixin, LargeBatch or LambCLI), or end the training there (max_steps).",
+            stacklevel=3,
+        )
+
     def get_lr(self) -> list[Any]:
         """Return the learning rate of every parameter group at the current step; no communication, no device sync."""
         if self.stages is None:
@@ -179,6 +212,8 @@ class StagedWarmup(LRScheduler):
             return
         if self._optimizer_steps is not None:
             self._optimizer_steps = 0
+        if self.total_steps is not None and self.last_epoch >= self.total_steps:
+            self.tell_end()
         super().step(epoch) if epoch is not None else super().step()
 
     def _count_optimizer_step(self, *_: Any) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
 
 from lightning_lamb.errors import BatchSizeError, ConflictError
+from lightning_lamb.lightning_scheduler_seams import rate_finder, stops_after_search
 from lightning_lamb.lightning_seams import LightningModule, Trainer, inner_optimizer
 
 # Compared by name, because the two Lightning packages have a class of that name each.
@@ -54,6 +55,65 @@ def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation
         raise ConflictError(
             f"Trainer(accumulate_grad_batches={trainer.accumulate_grad_batches}) and LargeBatch both set the "
             "accumulation: leave the Trainer's at 1; LargeBatch derives it from global_batch_size."
+        )
+
+
+def refuse_finder(trainer: Trainer, *, sets_rates: bool) -> None:
+    """Refuses a search for a learning rate beside a LargeBatch that changes learning rates.
+
+    Args:
+        trainer: before its strategy was set up; ``Tuner.lr_find`` adds its callback before.
+        sets_rates: LargeBatch multiplies the rate, or schedules it.
+
+    Raises:
+        ConflictError: there is a LearningRateFinder.
+    """
+    finder = rate_finder(trainer)
+    if finder is not None and sets_rates:
+        raise ConflictError(
+            f"{type(finder).__name__} (a callback, or Tuner.lr_find) looks for a learning rate, and LargeBatch would "
+            "multiply or schedule it: what is found at the global batch belongs to the global batch. Search with "
+            "LargeBatch(global_batch_size=...) alone, without base_batch_size, base_lr, warm-up, stages or recipe; "
+            "then train with the rate that was found, without the finder, and no scaling."
+        )
+
+
+def refuse_finder_beside_schedulers(trainer: Trainer, schedulers: Sequence[Any]) -> None:
+    """Refuses a LearningRateFinder whose suggestion a scheduler would overwrite after the first step.
+
+    Args:
+        trainer: after its optimizers were made.
+        schedulers: made with the rate from before the search.
+
+    Raises:
+        ConflictError: the finder trains on in the same ``fit`` (Tuner.lr_find does not), and there is a scheduler.
+    """
+    finder = rate_finder(trainer)
+    if finder is not None and schedulers and not stops_after_search(finder):
+        names = ", ".join(type(scheduler).__name__ for scheduler in schedulers)
+        raise ConflictError(
+            f"{type(finder).__name__} as a callback and the scheduler {names}: it was made before the search and "
+            "overwrites the suggestion after one step. Search first, with Tuner(trainer).lr_find(model): fit then "
+            "makes optimizer and scheduler with the rate that was found."
+        )
+
+
+def refuse_no_optimizer(trainer: Trainer, optimizers: Sequence[Optimizer], *, needed: bool) -> None:
+    """Refuses to set the learning rate of no optimizer.
+
+    Args:
+        trainer: after its optimizers were made.
+        optimizers: Lightning puts one without groups where configure_optimizers returned None.
+        needed: LargeBatch was asked for something about learning rates.
+
+    Raises:
+        ConflictError: there is none, and one is needed.
+    """
+    if needed and not any(optimizer.param_groups for optimizer in optimizers):
+        raise ConflictError(
+            f"{type(trainer.lightning_module).__name__}.configure_optimizers returned no optimizer, and LargeBatch was "
+            "asked to set its learning rate (base_lr, base_batch_size, warm-up or stages). Return an optimizer, or use "
+            "LambMixin, which makes one."
         )
 
 

@@ -14,14 +14,19 @@ from torch.optim import Optimizer
 from lightning_lamb.batch_rules import BatchRules
 from lightning_lamb.batch_stages import BatchStage
 from lightning_lamb.callbacks import schedule, stage_switch
-from lightning_lamb.callbacks.conflicts import refuse_conflicts, refuse_double_clipping, refuse_hybrid_resume
+from lightning_lamb.callbacks.conflicts import (
+    refuse_conflicts,
+    refuse_double_clipping,
+    refuse_finder,
+    refuse_hybrid_resume,
+)
 from lightning_lamb.callbacks.exact_resume import ExactResume
-from lightning_lamb.callbacks.learning_rate import multiply_learning_rates
 from lightning_lamb.callbacks.live_parameters import LiveParameters
-from lightning_lamb.callbacks.plan_change import length_from, plan_differences, refuse_changed_plan, warm_up_again
+from lightning_lamb.callbacks.plan_change import length_from, plan_differences, refuse_changed_plan
 from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
+from lightning_lamb.callbacks.promised_rates import PromisedRates
 from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
 from lightning_lamb.callbacks.windows import WindowMean
@@ -52,9 +57,10 @@ POSITION_KEY = "lightning_lamb_position"
 class LargeBatch(Callback):
     """Trains at a global batch size: derives accumulation, learning rate and warm-up, and averages gradients exactly.
 
-    Put it first in ``Trainer(callbacks=[...])`` and leave ``accumulate_grad_batches`` alone. It also makes schedulers
-    step per optimizer step, fills in the length of a StagedWarmup (or adds one if a warm-up is asked for), and points
-    an optimizer that was made before FSDP2 or tensor parallelism replaced the parameters at the new ones. What it
+    Put it first in ``Trainer(callbacks=[...])`` and leave ``accumulate_grad_batches`` alone. It also makes the stock
+    LightningCLI's schedulers step per optimizer step, fills in the length of a StagedWarmup (or adds one if a warm-up
+    is asked for), and points an optimizer that was made before FSDP2 or tensor parallelism replaced the parameters at
+    the new ones. What it
     derived is printed once and kept in ``derived``; in a training in stages ``plan`` holds them with their steps, and
     ``stage`` the index of the present one.
 
@@ -79,7 +85,8 @@ class LargeBatch(Callback):
             or the last window of an epoch is short. False: Lightning's mean of means.
         loss_reduction: What training_step returns: the "mean" over the samples (or the count given to
             lightning_lamb.callbacks.report_count), or their "sum".
-        scheduler_interval: When schedulers step: after every optimizer "step" or "epoch". StagedWarmup: always "step".
+        scheduler_interval: When schedulers step: after every optimizer "step" or "epoch". None: those that the stock
+            LightningCLI made after every step, the others as configure_optimizers says. StagedWarmup: always "step".
         on_plan_change: When a checkpoint was made with another global batch, learning-rate rule or stages: "error",
             "adopt" to continue with this run's, or "rewarm" to do so after a warm-up from zero.
         rewarm_steps: Optimizer steps of that warm-up. None: as many as the schedule's own.
@@ -112,7 +119,7 @@ class LargeBatch(Callback):
         total_samples: int | None = None,
         exact_windows: bool = True,
         loss_reduction: Literal["mean", "sum"] = "mean",
-        scheduler_interval: Literal["step", "epoch"] = "step",
+        scheduler_interval: Literal["step", "epoch"] | None = None,
         on_plan_change: Literal["error", "adopt", "rewarm"] = "error",
         rewarm_steps: int | None = None,
         exact_resume: bool = True,
@@ -131,17 +138,19 @@ class LargeBatch(Callback):
         self.rewarm_steps = None if rewarm_steps is None else whole_number("rewarm_steps", rewarm_steps)
         self.exact_windows = exact_windows
         self.loss_reduction = one_of("loss_reduction", loss_reduction, ("mean", "sum"))
-        self.scheduler_interval = one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
+        if scheduler_interval is not None:
+            one_of("scheduler_interval", scheduler_interval, ("step", "epoch"))
+        self.scheduler_interval = scheduler_interval
         self.on_plan_change = one_of("on_plan_change", on_plan_change, ("error", "adopt", "rewarm"))
         self._before: LiveParameters | None = None
         self._window: WindowMean | None = None
         self.log_window_loss = log_window_loss
-        self._restored: dict[str, Any] = {}
         self._forget_setup: Callable[[], None] = lambda: None
         self._resume = ExactResume(exact_resume)
         self._rewarm_at: int | None = None
         self._position: Position | None = None
         self._promise = Promise(check)
+        self._rates = PromisedRates(self._promise)
 
     # ---- before the optimizers exist
 
@@ -150,8 +159,11 @@ class LargeBatch(Callback):
         if stage != "fit":
             return
         refuse_conflicts(trainer, pl_module, self._batch.accumulation)
+        refuse_finder(trainer, sets_rates=self._batch.stage_options is not None or self.rules.asks_about_rates)
+        self._promise.begin()
+        self._rates = PromisedRates(self._promise)
         self._batch.begin(trainer)
-        self._rewarm_at, self._position, self._restored = None, None, {}
+        self._rewarm_at, self._position = None, None
         self._before = LiveParameters(pl_module)
         self._forget_setup()
         self._forget_setup = after_setup(trainer, lambda: self._batch.derive(trainer, pl_module))
@@ -176,6 +188,7 @@ class LargeBatch(Callback):
     def _enter_stage(self, trainer: Trainer, index: int) -> None:
         """Sets accumulation, data and counting of a stage."""
         self._batch.enter(trainer, index)
+        self._promise.begin()
         if self._window is not None:
             size = self._batch.batches[index].micro_batch_size
             self._window = WindowMean(size, self.loss_reduction, self.log_window_loss)
@@ -218,14 +231,9 @@ class LargeBatch(Callback):
                 rank_zero_info(f"LargeBatch: pointed the optimizer at {rebound} parameters that the strategy replaced.")
         refuse_double_clipping(trainer, optimizers)
 
-        schedule.set_interval(trainer, self.scheduler_interval)
-        factor = 1.0 if self.plan is not None else self.rules.lr_factor(optimizers[0])
-        multiply_learning_rates(optimizers, schedule.schedulers_of(trainer), factor)
-        rates = tuple(float(group.get("initial_lr", group["lr"])) for group in optimizers[0].param_groups)
-        stages = None if self.plan is None else self.plan.schedule()
-        total, ramp = schedule.complete(trainer, self.rules, stages, adopts=self._follows_own_plan)
-        self._batch.derived = derived = dataclasses.replace(
-            derived, learning_rates=rates, lr_factor=factor, warmup_steps=ramp, total_steps=total
+        schedule.set_interval(trainer, pl_module, self.scheduler_interval)
+        self._batch.derived = derived = self._rates.announce(
+            trainer, derived, self.rules, self.plan, adopts=self._follows_own_plan
         )
         if self.exact_windows and not strategy_accumulates(trainer):
             self._window = WindowMean(derived.micro_batch_size, self.loss_reduction, self.log_window_loss)
@@ -267,6 +275,7 @@ class LargeBatch(Callback):
         if self.plan is not None and self.plan.at(step) != self.stage:
             self._enter_stage(trainer, self.plan.at(step))
             derived = self._batch.derive(trainer, pl_module)
+        self._rates.load(checkpoint, saved)
         if saved is None:
             return
         self._rewarm_at = saved["rewarm_at"] if not differences else step if self.on_plan_change == "rewarm" else None
@@ -280,7 +289,6 @@ class LargeBatch(Callback):
             accumulations = saved["accumulate_grad_batches"], derived.accumulate_grad_batches
             self._position = write_position(checkpoint, position, *accumulations)
             self._resume.load(self._position, where, checkpoint)
-        self._restored = saved
 
     def _begin_stage_at(self, checkpoint: dict[str, Any], position: Position) -> Position:
         """A checkpoint from where a stage ended begins an epoch with new dataloaders."""
@@ -297,19 +305,20 @@ class LargeBatch(Callback):
         """A checkpoint that is saved now must not wait for other ranks."""
         self._resume.is_failing = True
         self._forget_setup()
+        self._rates.note()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notes the learning rates, for another ``fit`` with the same optimizer."""
+        if stage == "fit":
+            self._rates.note()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the plan against the data that was loaded, before the first micro-batch."""
-        derived = self._batch.derive(trainer, pl_module)
+        self._batch.derive(trainer, pl_module)
         self._batch.check(trainer)
-        restored = self._restored.get("lr_factor", derived.lr_factor)
-        if restored != derived.lr_factor:  # only with on_plan_change="adopt"
-            factor = derived.lr_factor / restored
-            multiply_learning_rates(trainer.optimizers, schedule.schedulers_of(trainer), factor)
-        if self._rewarm_at is not None:
-            total = length_from(trainer, trainer.global_step, self._position)
-            warm_up_again(trainer, self._rewarm_at, total, self.rewarm_steps)
-        self._restored = {}
+        total = None if self._position is None else length_from(trainer, trainer.global_step, self._position)
+        rewarm = self._rewarm_at, self.rewarm_steps
+        self._rewarm_at = self._rates.resume(trainer, self.on_plan_change, self.plan, total, rewarm)
         self._resume.start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -319,7 +328,8 @@ class LargeBatch(Callback):
         return {
             "rules": dataclasses.asdict(self.rules),
             "stages": None if self.plan is None else self.plan.to_list(),
-            **{key: value for key, value in dataclasses.asdict(self.derived).items() if key != "learning_rates"},
+            **dataclasses.asdict(self.derived),
+            "learning_rates": list(self.derived.learning_rates),
             "rewarm_at": self._rewarm_at,
         }
 
@@ -342,9 +352,11 @@ class LargeBatch(Callback):
             self._window.weigh(trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Normalises the window, before the gradients are clipped."""
+        """Normalises the window, before the gradients are clipped, and compares it with what was announced."""
         if self._window is not None:
             self._window.close(trainer, pl_module, optimizer)
+        self._rates.check(trainer)
+        self._promise.end_window()
 
 
 def large_batch_of(trainer: Trainer) -> LargeBatch | None:

@@ -28,7 +28,10 @@ class LiveParameters:
         self._before = {id(parameter): (clean_name(name), parameter) for name, parameter in module.named_parameters()}
 
     def rebind(self, optimizers: Iterable[Optimizer], module: nn.Module) -> int:
-        """Replaces stale parameters in ``optimizers`` by the live ones of the same name, and adds missing names.
+        """Replaces stale parameters in ``optimizers`` by the live ones of the same name.
+
+        Everything else in the groups stays as it is, names included: torch refuses groups with names beside groups
+        without, and Lightning's BaseFinetuning adds the latter. A tensor that the module never had stays too.
 
         Args:
             optimizers: groups and state are modified in place.
@@ -38,29 +41,39 @@ class LiveParameters:
             How many parameters were replaced.
 
         Raises:
-            ConflictError: a stale parameter has no successor of its name and shape.
+            ConflictError: a stale parameter has no successor of its name, or the module has none of the parameters.
         """
         now = {clean_name(name): parameter for name, parameter in module.named_parameters()}
-        name_of = {id(parameter): name for name, parameter in now.items()}
-        replaced = 0
+        live = {id(parameter) for parameter in now.values()}
+        replaced, held, strange = 0, 0, 0
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 for index, parameter in enumerate(group["params"]):
-                    if id(parameter) not in name_of:
-                        group["params"][index] = live = self._successor(parameter, now)
-                        if parameter in optimizer.state:
-                            optimizer.state[live] = optimizer.state.pop(parameter)
-                        replaced += 1
-                group.setdefault("param_names", [name_of[id(parameter)] for parameter in group["params"]])
+                    held += 1
+                    if id(parameter) in live:
+                        continue
+                    if id(parameter) not in self._before:
+                        strange += 1
+                        continue
+                    group["params"][index] = successor = self._successor(parameter, now)
+                    if parameter in optimizer.state:
+                        optimizer.state[successor] = optimizer.state.pop(parameter)
+                    replaced += 1
+        if strange and strange == held and any(parameter.requires_grad for parameter in now.values()):
+            raise ConflictError(
+                f"the optimizer holds {held} parameters, and {type(module).__name__} has none of them: training would "
+                "change nothing in it. Build the optimizer in configure_optimizers (LambMixin, LambCLI), when all "
+                "layers exist."
+            )
         return replaced
 
     def _successor(self, parameter: nn.Parameter, now: dict[str, nn.Parameter]) -> nn.Parameter:
         """The live parameter that took the place of a stale one."""
-        name, _ = self._before.get(id(parameter), (None, None))
-        if name is None or name not in now:
+        name, _ = self._before[id(parameter)]
+        if name not in now:
             raise ConflictError(
-                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that the module does not have"
-                f"{f' any more (it was {name!r})' if name else ''}: build the optimizer in configure_optimizers "
-                "(LambMixin, LambCLI), where the strategy has already replaced the parameters."
+                f"the optimizer holds a parameter of shape {tuple(parameter.shape)} that the module does not have any "
+                f"more (it was {name!r}): build the optimizer in configure_optimizers (LambMixin, LambCLI), where the "
+                "strategy has already replaced the parameters."
             )
         return now[name]

@@ -34,7 +34,7 @@ def refuse_changed_plan(differences: Sequence[str], plan: StagedBatches | None) 
     if differences:
         shown = "" if plan is None else f"\nThe plan of this run:\n{plan.table()}"
         raise PlanError(
-            "the checkpoint was made with another plan; nothing was loaded or overwritten:\n"
+            "the checkpoint was made with another plan; nothing was trained or overwritten:\n"
             + "\n".join(f"  {line}" for line in differences)
             + '\nGive LargeBatch the same values again, or on_plan_change="adopt" to continue with the new ones, or '
             '"rewarm" to warm up for them from zero.' + shown

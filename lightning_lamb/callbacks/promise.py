@@ -38,15 +38,18 @@ class Promise:
         """The optimizer's step is done."""
         self.is_first_window = False
 
-    def compare(self, number: str, announced: Any, found: Any, changed_by: str, remedy: str) -> None:
+    def compare(
+        self, number: str, announced: Any, found: Any, changed_by: str, remedy: str, *, where: str = ""
+    ) -> None:
         """Tells that a number is not what was announced, if it is not.
 
         Args:
-            number: what it is, with its unit and place: "learning rate of group 1 at step 7".
+            number: what it is, with its unit: "learning rate of group 1".
             announced: what LargeBatch said.
             found: what is.
             changed_by: who most likely changed it.
             remedy: what to do, in the imperative.
+            where: added to the number in the text, but not part of what is told once: "at optimizer step 7".
 
         Raises:
             PromiseError: they differ, and ``check="error"``.
@@ -54,8 +57,8 @@ class Promise:
         if self.check == "off" or announced == found:
             return
         text = (
-            f"{number}: LargeBatch announced {_shown(announced)}, and it is {_shown(found)}. Most likely changed by "
-            f'{changed_by}. {remedy} (LargeBatch(check="warn") or "off" trains on as it is.)'
+            f"{f'{number} {where}'.strip()}: LargeBatch announced {_shown(announced)}, and it is {_shown(found)}. Most "
+            f'likely changed by {changed_by}. {remedy} (LargeBatch(check="warn") or "off" trains on as it is.)'
         )
         if self.check == "error":
             raise PromiseError(text)

@@ -7,7 +7,9 @@ from typing import Any, Literal
 
 from lightning_lamb.batch_rules import BatchRules
 from lightning_lamb.errors import ConflictError
+from lightning_lamb.lightning_scheduler_seams import made_by_stock_cli
 from lightning_lamb.lightning_seams import (
+    LightningModule,
     Trainer,
     add_step_scheduler,
     scheduler_configs,
@@ -33,22 +35,32 @@ def needs_total(trainer: Trainer, asks_for_warmup: bool) -> bool:
     return asks_for_warmup or (staged is not None and staged.total_steps is None)
 
 
-def set_interval(trainer: Trainer, interval: Literal["step", "epoch"]) -> list[str]:
-    """Makes every scheduler step per optimizer step, or per epoch; ReduceLROnPlateau keeps its own.
+def set_interval(trainer: Trainer, module: LightningModule, interval: Literal["step", "epoch"] | None) -> list[str]:
+    """Decides when schedulers step; ReduceLROnPlateau keeps what it was configured with.
 
-    The stock LightningCLI leaves all at "epoch": an 8-step warm-up would take 8 epochs (Lightning issue #15340).
-    StagedWarmup counts optimizer steps whatever ``interval`` says.
+    The stock LightningCLI leaves all at "epoch", whatever they count: an 8-step warm-up would take 8 epochs (Lightning
+    issue #15340). What the module's own ``configure_optimizers`` returned, or that of a subclass of LightningCLI, says
+    when it steps. StagedWarmup counts optimizer steps always.
+
+    Args:
+        trainer: after its optimizers were made.
+        module: what it trains.
+        interval: for all schedulers; None: "step" for what the stock LightningCLI made, the others are left.
 
     Returns:
         The names of the schedulers that were changed.
     """
     changed = []
+    if interval is None and made_by_stock_cli(module):
+        interval = "step"
     for config in scheduler_configs(trainer):
-        wanted = "step" if isinstance(config.scheduler, StagedWarmup) else interval
+        # Another interval gives the frequency another unit: it was not meant for that.
+        wanted = (interval, 1) if interval not in (None, config.interval) else (config.interval, config.frequency)
         if isinstance(config.scheduler, StagedWarmup):
             config.scheduler.follow_optimizer()
-        if not config.reduce_on_plateau and (config.interval, config.frequency) != (wanted, 1):
-            config.interval, config.frequency = wanted, 1
+            wanted = "step", 1
+        if not config.reduce_on_plateau and (config.interval, config.frequency) != wanted:
+            config.interval, config.frequency = wanted
             changed.append(type(config.scheduler).__name__)
     return changed
 
@@ -162,11 +174,17 @@ def complete(
     return total, ramp
 
 
+_FREQUENCY_COUNTS = {"step": "last micro-batch", "epoch": "epoch"}
+"""What Lightning compares a scheduler's ``frequency`` with."""
+
+
 def describe_schedules(trainer: Trainer) -> str:
     """What steps the learning rate, and when."""
     names = [
         f"{type(config.scheduler).__name__}, stepped after every "
         f"{'optimizer step' if config.interval == 'step' else 'epoch'}"
+        + (f" if the number of its {_FREQUENCY_COUNTS[config.interval]} is a multiple of {config.frequency}")
+        * (config.frequency != 1)
         for config in scheduler_configs(trainer)
     ]
     return "; ".join(names) or "none: constant learning rate"

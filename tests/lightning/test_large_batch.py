@@ -168,7 +168,7 @@ def test_scaling_afterwards_is_as_if_made_with_the_scaled_rate(make: Any) -> Non
     for made_with, afterwards in ((factor, 1.0), (1.0, factor)):
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1 * made_with)
         scheduler = make(optimizer, made_with)
-        multiply_learning_rates([optimizer], [scheduler], afterwards)
+        multiply_learning_rates(optimizer, [scheduler], [afterwards])
         trajectory = []
         for _ in range(20):
             trajectory.append(optimizer.param_groups[0]["lr"])
@@ -192,16 +192,6 @@ def test_the_warm_up_fraction_grows_with_the_batch() -> None:
     large_batch = LargeBatch(8, base_batch_size=4, warmup_fraction=0.125)
     fit(Regression(), large_batch, max_epochs=2)
     assert (large_batch.derived.warmup_steps, large_batch.derived.total_steps) == (2, 8)
-
-
-def test_schedulers_step_per_optimizer_step_unless_told_otherwise() -> None:
-    """Lightning #15340: the stock CLI leaves schedulers at one step per epoch."""
-    halving = lambda optimizer: torch_schedulers.ExponentialLR(optimizer, 0.5)
-    per_step, per_epoch = Regression(scheduler=halving), Regression(scheduler=halving)
-    fit(per_step, LargeBatch(16), max_epochs=2)
-    fit(per_epoch, LargeBatch(16, scheduler_interval="epoch"), max_epochs=2)
-    assert per_step.rates == pytest.approx([0.02, 0.01, 0.005, 0.0025])
-    assert per_epoch.rates == pytest.approx([0.02, 0.02, 0.01, 0.01])
 
 
 @pytest.mark.parametrize(

@@ -216,7 +216,9 @@ class StagedWarmup(LRScheduler):
             self.tell_end()
         super().step(epoch) if epoch is not None else super().step()
 
-    def _count_optimizer_step(self, *_: Any) -> None:
+    def _count_optimizer_step(self, optimizer: Any, *_: Any) -> None:
+        if getattr(optimizer, "step_was_skipped", False):  # with fused=True the scaler calls step() all the same
+            return
         self._optimizer_steps = (self._optimizer_steps or 0) + 1
 
     def state_dict(self) -> dict[str, Any]:

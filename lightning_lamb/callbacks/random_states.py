@@ -117,13 +117,13 @@ class RandomStates:
         version, words, gauss = self.python_state
         packed: dict[str, Any] = {
             "torch": self.torch_state.clone(),
-            "python": torch.tensor(words, dtype=torch.int64),
+            "python": torch.tensor(words, dtype=torch.int64, device="cpu"),
             "python_version": version,
             "python_gauss": gauss,
         }
         if self.numpy_state is not None and self.numpy_state[0] == "MT19937":
             _, keys, position, has_gauss, cached = self.numpy_state
-            packed["numpy"] = torch.tensor(keys.tolist(), dtype=torch.int64)
+            packed["numpy"] = torch.tensor(keys.tolist(), dtype=torch.int64, device="cpu")
             packed["numpy_rest"] = [int(position), int(has_gauss), float(cached)]
         if self.device_state is not None:
             packed["device"] = self.device_state.clone()

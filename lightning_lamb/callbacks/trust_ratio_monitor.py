@@ -147,6 +147,6 @@ def _ratio_bounds(optimizer: Optimizer) -> dict[str, tuple[float, float]]:
     for group in optimizer.param_groups:
         bounds = group.get("trust_ratio_bounds")
         if bounds is not None:
-            low, high = torch.tensor(bounds, dtype=torch.float32).tolist()
+            low, high = torch.tensor(bounds, dtype=torch.float32, device="cpu").tolist()
             found.update(dict.fromkeys(group.get("param_names", []), (low, high)))
     return found

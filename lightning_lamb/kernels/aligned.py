@@ -5,19 +5,22 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
-from operator import attrgetter, eq, is_
+from itertools import chain
+from operator import attrgetter, eq
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_lamb.errors import ConflictError
 from lightning_lamb.kernels.batch import Batch
+from lightning_lamb.kernels.unchanged import Unchanged
 
 Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 GRADS = 1
 PLAIN = {Tensor, torch.nn.Parameter}
 
-_dtype_of = attrgetter("dtype")
+_dtype_of, _device_of = attrgetter("dtype"), attrgetter("device")
 
 
 class Aligned(NamedTuple):
@@ -37,7 +40,10 @@ class Aligned(NamedTuple):
 
 
 def aligned(batch: Batch, is_readable: Callable[[Tensor], bool]) -> Aligned:
-    """The batch's tensors, or copies of those that are not dense, not laid out alike, or gradients of unlike dtypes.
+    """The batch's tensors, or copies of those that memory alone does not describe as the kernel expects.
+
+    Copied are tensors that are not dense or not laid out alike, that have torch's lazy negation bit, or are of another
+    dtype or device than they should be: gradients unlike each other, moments unlike their weights.
 
     Args:
         batch: its memory is used.
@@ -45,26 +51,22 @@ def aligned(batch: Batch, is_readable: Callable[[Tensor], bool]) -> Aligned:
 
     Raises:
         ValueError: a gradient or state without the shape of its weight.
+        ConflictError: a tensor whose memory has been freed.
     """
     lists = batch.weights, batch.grads, batch.moments1, batch.moments2, batch.parameters
-    grads = batch.grads
-    one_kind = len(set(map(_dtype_of, grads))) == 1 and is_readable(grads[0])
-    is_plain = one_kind and set(map(type, grads)) <= PLAIN and all(map(Tensor.is_contiguous, grads))
-    pointers = list(map(pointers_to, lists)) if is_plain else []
+    tensors = list(chain.from_iterable(lists))
     known = batch.memory.get("known")
-    if is_plain and known is not None and known.holds(lists, pointers):
-        _check_sizes(lists, GRADS, known.sizes)
-        return Aligned(lists, [], known.sizes, pointers)
+    if known is not None and known.unchanged.holds(tensors):
+        return Aligned(lists, [], known.sizes, _addresses(lists))
     sizes = array("q", map(Tensor.numel, batch.weights))
-    _check_sizes(lists, GRADS, sizes)
-    if not is_plain:
-        return _copied(lists, sizes, convert=not one_kind)
-    if not all(all(map(Tensor.is_contiguous, part)) for part in lists):
-        return _copied(lists, sizes, convert=False)
-    _check_state(lists, sizes)
-    kept = [part if index != GRADS else [] for index, part in enumerate(lists)]
-    batch.memory["known"] = _Known(kept, pointers, sizes)
-    return Aligned(lists, [], sizes, pointers)
+    for index in range(1, len(lists)):
+        _check_sizes(lists, index, sizes)
+    wanted = _wanted_dtypes(batch, is_readable)
+    if not _is_readable(lists, wanted):
+        result, copied = _copied(lists, wanted)
+        return Aligned(result, copied, sizes, _addresses(result))
+    batch.memory["known"] = _Known(Unchanged(tensors), sizes)
+    return Aligned(lists, [], sizes, _addresses(lists))
 
 
 def plain(tensors: Iterable[Tensor], device_type: str, dtypes: Container[torch.dtype]) -> bool:
@@ -79,51 +81,71 @@ def pointers_to(tensors: Sequence[Tensor]) -> array[int]:
 
 @dataclass
 class _Known:
-    """Tensors that were found contiguous and of the right sizes, and where they lay.
+    """What was found out about the tensors of a batch, good for as long as `Unchanged` says."""
 
-    Looking at four tensors per layer again at every step would take as long as stepping a small layer.
-    """
-
-    lists: list[list[Tensor]]
-    pointers: list[array[int]]
+    unchanged: Unchanged
     sizes: array[int]
 
-    def holds(self, lists: Lists, pointers: list[array[int]]) -> bool:
-        """Whether all but the gradients are the same tensors, at the same addresses."""
-        return all(
-            index == GRADS or (pointers[index] == self.pointers[index] and all(map(is_, part, self.lists[index])))
-            for index, part in enumerate(lists)
-        )
+
+def _wanted_dtypes(batch: Batch, is_readable: Callable[[Tensor], bool]) -> list[torch.dtype]:
+    """The dtype that all tensors of a list must have, per list."""
+    weight = batch.weights[0].dtype
+    grads = set(map(_dtype_of, batch.grads))
+    grad = batch.grads[0].dtype if len(grads) == 1 and is_readable(batch.grads[0]) else weight
+    moment = torch.bfloat16 if batch.seeds else weight
+    return [weight, grad, moment, moment, batch.parameters[0].dtype if batch.parameters else weight]
 
 
-def _copied(lists: Lists, sizes: array[int], convert: bool) -> Aligned:
-    """`aligned` where some tensors must be copied for the call; ``convert``: gradients to the dtype of the weights."""
-    _check_state(lists, sizes)
+def _is_readable(lists: Lists, wanted: Sequence[torch.dtype]) -> bool:
+    """Whether address and size say all about these tensors."""
+    device = lists[0][0].device
+    return all(
+        set(map(type, part)) <= PLAIN
+        and set(map(_dtype_of, part)) <= {dtype}
+        and all(map(Tensor.is_contiguous, part))
+        and not any(map(Tensor.is_neg, part))
+        and set(map(_device_of, part)) <= {device}
+        for part, dtype in zip(lists, wanted)
+    )
+
+
+def _copied(lists: Lists, wanted: Sequence[torch.dtype]) -> tuple[Lists, list[tuple[Tensor, Tensor]]]:
+    """`aligned` where some tensors must be copied for the call; and what has to be copied back."""
     copied: list[tuple[Tensor, Tensor]] = []
     result: Lists = ([], [], [], [], [])
+    device = lists[0][0].device
     for index, weight in enumerate(lists[0]):
-        pattern = weight if torch.ops.aten.is_non_overlapping_and_dense(weight) else torch.empty_like(weight)
+        is_dense = torch.ops.aten.is_non_overlapping_and_dense(weight)
+        strides = (weight if is_dense else torch.empty_like(weight)).stride()
         for kind, (part, target) in enumerate(zip(lists, result)):
             if not part:
                 continue
-            own = part[index]
-            dtype = weight.dtype if kind == GRADS and convert else own.dtype
-            if own.stride() == pattern.stride() and own.dtype == dtype and type(own) in PLAIN:
+            own, dtype = part[index], wanted[kind]
+            fits = own.stride() == strides and own.dtype == dtype and own.device == device
+            if fits and type(own) in PLAIN and not own.is_neg():
                 target.append(own)
                 continue
-            copy = torch.empty_like(pattern, dtype=dtype).copy_(own)
+            copy = torch.empty_strided(weight.shape, strides, dtype=dtype, device=device).copy_(own)
             target.append(copy)
             if kind != GRADS:
                 copied.append((own, copy))
-    return Aligned(result, copied, sizes, list(map(pointers_to, result)))
+    return result, copied
 
 
-def _check_state(lists: Lists, sizes: array[int]) -> None:
-    for index in (2, 3, 4):
-        _check_sizes(lists, index, sizes)
-    for part in lists[2:4]:
-        if len(set(map(_dtype_of, part))) > 1:
-            raise ValueError(f"state of one batch in several dtypes: {sorted(map(str, set(map(_dtype_of, part))))}")
+def _addresses(lists: Lists) -> list[array[int]]:
+    """`pointers_to` each list.
+
+    Raises:
+        ConflictError: a tensor with elements and no memory.
+    """
+    pointers = list(map(pointers_to, lists))
+    for part, found in zip(lists, pointers):
+        if 0 in found and (freed := [one for one, at in zip(part, found) if at == 0 and one.numel()]):
+            raise ConflictError(
+                f"a parameter, gradient or optimizer state of shape {tuple(freed[0].shape)} has no memory any more "
+                "(somebody resized its storage to 0, as FSDP does between uses): step while it is there."
+            )
+    return pointers
 
 
 def _check_sizes(lists: Lists, index: int, sizes: array[int]) -> None:

@@ -60,7 +60,7 @@ def step(
     batch: Batch, scales: Sequence[Scalar], weight_norm_bounds: Bounds, trust_ratio_bounds: Bounds
 ) -> Norms | None:
     """See `kernels.batch.Kernel.step`."""
-    found = torch.zeros(3, len(batch.weights), dtype=torch.float64)
+    found = torch.zeros(3, len(batch.weights), dtype=torch.float64, device="cpu")
     _run(batch, FIRST | SECOND, found, scales, weight_norm_bounds, trust_ratio_bounds)
     if not batch.options.adapt:
         return None
@@ -71,7 +71,7 @@ def step(
 @uncompiled
 def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     """See `kernels.batch.Kernel.direction`."""
-    found = torch.zeros(3, len(batch.weights), dtype=torch.float64)
+    found = torch.zeros(3, len(batch.weights), dtype=torch.float64, device="cpu")
     _run(batch, FIRST, found)
     return found[0], found[1]
 
@@ -85,9 +85,8 @@ def apply(batch: Batch, step_sizes: Tensor | Sequence[Scalar]) -> None:
 class StepCounts:
     """Float32 step counts on the host, each a tensor, counted in one call.
 
-    A thousand ``float(step)`` would take longer than to step small layers, and so would a thousand ``data_ptr()``: only
-    the first and the last are looked at, for somebody who moves all (``share_memory_()``). The memory of the others
-    stays valid for as long as this object lives.
+    A thousand ``float(step)`` would take longer than to step small layers. Where they lie is asked at every step, for
+    somebody who moves them (``share_memory_()``).
 
     Args:
         steps: at least one; nobody but this object and torch's in-place operations may change them.
@@ -95,8 +94,6 @@ class StepCounts:
 
     def __init__(self, steps: Sequence[Tensor]) -> None:
         self.steps = steps
-        self._pointers = pointers_to(steps)
-        self._storages = [step.untyped_storage() for step in steps]
 
     def advance(self) -> tuple[Sequence[float], bool]:
         """Adds one to each.
@@ -104,11 +101,9 @@ class StepCounts:
         Returns:
             The counts, and whether all are equal.
         """
-        ends = self.steps[0].data_ptr(), self.steps[-1].data_ptr()
-        if ends != (self._pointers[0], self._pointers[-1]):
-            self.__init__(self.steps)  # type: ignore[misc]
+        pointers = pointers_to(self.steps)
         values = array("d", bytes(8 * len(self.steps)))
-        alike = library().lamb_advance(len(self.steps), _address(self._pointers), _address(values))
+        alike = library().lamb_advance(len(self.steps), _address(pointers), _address(values))
         return values, bool(alike)
 
 

@@ -25,6 +25,8 @@ from functools import cache
 from pathlib import Path
 
 SWITCH = "LIGHTNING_LAMB_CPU_KERNEL"
+ENVIRONMENT = (SWITCH, "CC", "PATH", "XDG_CACHE_HOME", "HOME")
+"""Where one of these changes, a compiler that failed is tried again."""
 SOURCES = ("lamb_cpu.c", "lamb_pass.h", "lamb_avx512.h", "lamb_avx512_pass.h")
 COMPILERS = ("cc", "gcc", "clang")
 # Not -ffast-math: NaN and infinity must come out as they do in the equations.
@@ -37,6 +39,8 @@ DIGEST_BYTES = 32
 PATIENCE = 60.0
 """Seconds to wait for another process that is compiling before compiling as well."""
 
+_failures: dict[tuple[str | None, ...], str] = {}
+
 
 class NoLibraryError(Exception):
     """Why there is no CPU kernel here; the message says what to do about it."""
@@ -44,11 +48,21 @@ class NoLibraryError(Exception):
 
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled kernel, loaded once per process.
+    """The compiled kernel, loaded once per process; a failure is remembered, too, and the compiler not tried again.
 
     Raises:
         NoLibraryError: switched off, no compiler, or a compiler that fails.
     """
+    asked = tuple(map(os.environ.get, ENVIRONMENT))
+    if asked not in _failures:
+        try:
+            return _made()
+        except NoLibraryError as error:
+            _failures[asked] = str(error)
+    raise NoLibraryError(_failures[asked])
+
+
+def _made() -> ctypes.CDLL:
     if switched_off():
         raise NoLibraryError(f"the environment variable {SWITCH} switches it off")
     if os.name != "posix":

@@ -11,6 +11,7 @@ from lightning_lamb import equations
 from lightning_lamb.equations import Bounds, Scalar
 from lightning_lamb.kernels import masters, rounding
 from lightning_lamb.kernels.batch import Batch, Norms, Options, StepSizes
+from lightning_lamb.kernels.lazy_bits import write
 from lightning_lamb.kernels.trust_ratios import step_in_two_calls
 
 
@@ -84,7 +85,7 @@ def _moments(batch: Batch, index: int, value: Tensor, square: Tensor | None) -> 
         found = [rounding.store(*pair) for pair in zip(stored, found, noise)]
     else:
         for target, moment in zip(stored, found):
-            target.copy_(moment)
+            write(target, moment)
     return found[0], found[-1]
 
 

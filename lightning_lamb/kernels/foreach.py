@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lightning_lamb import equations
 from lightning_lamb.equations import Bounds, Coefficients, Scalar
-from lightning_lamb.kernels import eager, masters
+from lightning_lamb.kernels import eager, lazy_bits, masters
 from lightning_lamb.kernels.batch import Batch, Norms, StepSizes
 from lightning_lamb.kernels.statistics import combined, flattened, statistics
 from lightning_lamb.kernels.trust_ratios import step_in_two_calls
@@ -36,6 +36,13 @@ TINY_DECAY = 1e-9
 
 def direction(batch: Batch) -> tuple[Tensor, Tensor]:
     """See `kernels.batch.Kernel.direction`. For moments in full precision."""
+    replaced = lazy_bits.materialize(batch)
+    found = _direction_of_all(batch)
+    lazy_bits.give_back(batch, replaced)
+    return found
+
+
+def _direction_of_all(batch: Batch) -> tuple[Tensor, Tensor]:
     masters.take_over(batch)
     if not _has_large(batch):
         return _direction(batch)
@@ -69,14 +76,17 @@ def _in_order(parts: list[list[int]], values: list[Tensor]) -> Tensor:
     """(layers,) values in the order of the layers, from those of the parts."""
     if len(values) == 1:
         return values[0]
-    return torch.cat(values)[torch.tensor([index for indices in parts for index in indices]).argsort()]
+    joined = torch.cat(values)
+    order = [index for indices in parts for index in indices]
+    return joined[torch.tensor(order, device=joined.device).argsort()]
 
 
 def _direction_of_part(part: Batch) -> tuple[Tensor, Tensor]:
     """`direction` of a layer alone, in tiles if it is large, or of several small ones."""
     flats = _default_flats(part)
     if flats is not None:
-        weights, updates = torch.tensor(_default_direction(part, flats), dtype=torch.float64).view(2, 1)
+        found = _default_direction(part, flats)
+        weights, updates = torch.tensor(found, dtype=torch.float64, device=part.weights[0].device).view(2, 1)
         return weights, updates
     flats = _flats(part) if part.weights[0].numel() > TILE else None
     return _direction(part) if flats is None else _tiled_direction(part, _tiles(part, flats))
@@ -85,6 +95,7 @@ def _direction_of_part(part: Batch) -> tuple[Tensor, Tensor]:
 def apply(batch: Batch, step_sizes: StepSizes) -> None:
     """See `kernels.batch.Kernel.apply`."""
     assert batch.updates is not None, "direction() comes before apply()"
+    replaced = lazy_bits.materialize(batch)
     sizes = _with_factors(batch, step_sizes)
     if isinstance(sizes, Tensor):
         torch._foreach_addcmul_(batch.weights, batch.updates, list(sizes.to(batch.weights[0]).unbind()), value=-1)
@@ -95,6 +106,7 @@ def apply(batch: Batch, step_sizes: StepSizes) -> None:
             weight.add_(update, alpha=-size)
     batch.updates = None
     masters.hand_out(batch)
+    lazy_bits.give_back(batch, replaced)
 
 
 def step(
@@ -104,6 +116,7 @@ def step(
     bounds = weight_norm_bounds, trust_ratio_bounds
     if not _has_large(batch) or torch.compiler.is_compiling():
         return step_in_two_calls(direction, apply, batch, scales, *bounds)
+    replaced = lazy_bits.materialize(batch)
     masters.take_over(batch)
     norms = [[0.0] * len(batch.weights) for _ in Norms._fields]
     for indices in _parts(batch):
@@ -112,7 +125,9 @@ def step(
             for index, value in zip(indices, values):
                 norms[kind][index] = value
     masters.hand_out(batch)
-    return Norms(*torch.tensor(norms, dtype=torch.float64)) if batch.options.adapt else None
+    lazy_bits.give_back(batch, replaced)
+    device = batch.weights[0].device
+    return Norms(*torch.tensor(norms, dtype=torch.float64, device=device)) if batch.options.adapt else None
 
 
 def _step_of_part(part: Batch, scales: list[Scalar], bounds: tuple[Bounds, Bounds]) -> list[list[float]]:
@@ -135,7 +150,8 @@ def _with_factors(batch: Batch, step_sizes: StepSizes) -> Tensor | Sequence[floa
     """Step sizes for ``batch.updates`` as they are, without the factors they lack."""
     factors = batch.factors
     if not isinstance(step_sizes, Tensor) and any(isinstance(size, Tensor) for size in step_sizes):
-        step_sizes = torch.stack([torch.as_tensor(size) for size in step_sizes])
+        device = batch.weights[0].device
+        step_sizes = torch.stack([torch.as_tensor(size, device=device) for size in step_sizes])
     if factors is None or len(set(factors)) == 1:
         factor = _common_factor(batch) if factors is None else factors[0]
         return step_sizes * factor if isinstance(step_sizes, Tensor) else [float(size) * factor for size in step_sizes]
@@ -343,7 +359,7 @@ def _scalar(value: float, batch: Batch) -> Scalar:
     """``value``, on a CPU as a tensor: torch would otherwise make it one again for each tensor of the list."""
     if batch.weights[0].device.type != "cpu" or torch.compiler.is_compiling():
         return value
-    return torch.tensor(value, dtype=torch.float64)
+    return torch.tensor(value, dtype=torch.float64, device="cpu")
 
 
 def _common_factor(batch: Batch) -> float:

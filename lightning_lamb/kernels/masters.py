@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lamb.kernels.batch import Batch
+from lightning_lamb.kernels.lazy_bits import write
 
 
 def take_over(batch: Batch) -> None:
@@ -23,10 +24,14 @@ def take_over(batch: Batch) -> None:
 def refresh(master: Tensor, parameter: Tensor) -> None:
     """`take_over` of one parameter."""
     kept = master.to(parameter.dtype) == parameter
-    master.copy_(torch.where(kept, master, parameter.to(master.dtype)))
+    write(master, torch.where(kept, master, parameter.to(master.dtype)))
 
 
 def hand_out(batch: Batch) -> None:
     """Rounds the masters to the parameters."""
-    if batch.parameters:
-        torch._foreach_copy_(batch.parameters, batch.weights)
+    if not any(map(Tensor.is_neg, batch.parameters)):
+        if batch.parameters:
+            torch._foreach_copy_(batch.parameters, batch.weights)
+        return
+    for parameter, master in zip(batch.parameters, batch.weights):
+        write(parameter, master)

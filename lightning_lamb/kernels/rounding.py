@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_lamb.kernels.lazy_bits import write
+
 _MASK = 0xFFFFFFFF
 
 
@@ -27,7 +29,7 @@ def random_bits(like: Tensor, seed: int) -> Tensor:
     """32 random bits per element, as int64 of the shape and strides of ``like``; they follow from place and seed."""
     place = torch.empty_like(like, dtype=torch.int64)
     flat = place.as_strided((place.numel(),), (1,))  # in the order of memory: empty_like is dense
-    flat.copy_(torch.arange(place.numel(), device=like.device))
+    write(flat, torch.arange(place.numel(), device=like.device))
     bits = (place * 0x9E3779B1 + seed) & _MASK
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _MASK
     return bits ^ (bits >> 15)
@@ -47,5 +49,5 @@ def store(target: Tensor, value: Tensor, noise: Tensor) -> Tensor:
     bits = value.contiguous().view(torch.int32).to(torch.int64) & _MASK
     kept = (bits + torch.where(value.isnan(), 0, noise)) & 0xFFFF0000
     rounded = torch.where(kept >= 1 << 31, kept - (1 << 32), kept).to(torch.int32).view(torch.float32)
-    target.copy_(rounded)
+    write(target, rounded)
     return rounded

@@ -154,7 +154,7 @@ class Call:
         """(layers,) float64 tensor of numbers on the host, or of 0-dim tensors, which may be all the same."""
         first = values[0]
         if not isinstance(first, Tensor):
-            return self._uploaded(torch.tensor([float(value) for value in values], dtype=torch.float64))
+            return self._uploaded(torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu"))
         if all(value is first for value in values):
             return first.to(self.device, torch.float64).reshape(1).expand(self.layers)
         return torch.stack([torch.as_tensor(value, device=self.device) for value in values]).to(torch.float64)
@@ -163,7 +163,7 @@ class Call:
         """(layers, 5): what combines moments and gradient, and what the ratio is multiplied by."""
         rows = [(*at[:4], scale) for at, scale in zip(coefficients, scales)]
         if not any(isinstance(value, Tensor) for row in rows for value in row):
-            return self._uploaded(torch.tensor(rows, dtype=torch.float64))
+            return self._uploaded(torch.tensor(rows, dtype=torch.float64, device="cpu"))
         return torch.stack([self.on_device(column) for column in zip(*rows)], 1)
 
     def _tiles(self) -> tuple[list[int], Tensor]:
@@ -174,7 +174,8 @@ class Call:
             first[index] = first[index - 1] + counts[index - 1]
         known = self.batch.memory.get("tiles")
         if known is None or known[0] != counts:
-            layers = torch.arange(self.layers, dtype=torch.int32).repeat_interleave(torch.tensor(counts))
+            numbers = torch.arange(self.layers, dtype=torch.int32, device="cpu")
+            layers = numbers.repeat_interleave(torch.tensor(counts, device="cpu"))
             known = self.batch.memory["tiles"] = counts, layers.to(self.device)
         return first, known[1]
 
@@ -196,7 +197,7 @@ def _table(batch: Batch, known: Aligned, first_tiles: list[int], bounds: tuple[f
     betas = options.beta1, 1 - options.beta1, options.beta2, 1 - options.beta2
     numbers = array("d", [*betas, options.eps, options.weight_decay, bound, sign, *bounds])
     rows = [known.sizes, *(part or zeros for part in known.pointers), batch.seeds or zeros, first_tiles]
-    return torch.tensor([*array("q", numbers.tobytes()), *chain.from_iterable(rows)], dtype=torch.int64)
+    return torch.tensor([*array("q", numbers.tobytes()), *chain.from_iterable(rows)], dtype=torch.int64, device="cpu")
 
 
 def _terms_of_gradient(at: Coefficients) -> int:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import repeat
-from operator import is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
-from lightning_lamb.kernels import Batch, Kernel, Options, rounding
+from lightning_lamb.kernels import Batch, Kernel, Options, eager, foreach, rounding
 from lightning_lamb.optimizers import loss_scaling
 from lightning_lamb.optimizers.choice import kernel_for
 from lightning_lamb.optimizers.gradients import local_gradient
@@ -21,6 +22,8 @@ from lightning_lamb.sharding.layout import is_whole_view
 
 if TYPE_CHECKING:
     from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
+
+_dtype_of = attrgetter("dtype")
 
 WHOLE_BATCH_BYTES = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Whole layers are applied right after their direction is known. On a CPU a batch of small layers that fits the cache
@@ -37,6 +40,7 @@ class Crew:
         positions: of the slots in the plan.
         kernel: who computes their passes.
         names: of the layers.
+        moment_dtype: of their moments.
         is_plain: whether every slot is a whole parameter that is an ordinary tensor, so that no view need be taken.
         memory: the kernel's own, see `Batch.memory`.
     """
@@ -46,6 +50,7 @@ class Crew:
     positions: list[int]
     kernel: Kernel
     names: list[str]
+    moment_dtype: torch.dtype
     is_plain: bool
     memory: dict[str, Any] = field(default_factory=dict)
 
@@ -65,6 +70,7 @@ class Crew:
             grads: of all slots of the plan, if they have been looked up.
         """
         first = self.slots[0]
+        self._settle(optimizer)
         seeds = []
         if is_narrow(self.states[0]):
             seeds = [rounding.seed(float(state["step"]), at) for state, at in zip(self.states, self.positions)]
@@ -80,6 +86,14 @@ class Crew:
             seeds=seeds,
             memory=self.memory,
         )
+
+    def _settle(self, optimizer: LayerwiseOptimizer) -> None:
+        """Casts state that somebody replaced by another dtype; the fused kernels look at every tensor themselves."""
+        if self.kernel in (eager, foreach):
+            moments = [state[key] for key in optimizer.moment_keys() for state in self.states]
+            if set(map(_dtype_of, moments)) != {self.moment_dtype}:
+                for slot in self.slots:
+                    optimizer.state_of(slot)
 
     def _weights(self, optimizer: LayerwiseOptimizer) -> list[Tensor]:
         if has_master(self.slots[0].parameter):
@@ -123,7 +137,7 @@ def crews_of(
     alike: dict[Any, list[Slot]] = {}
     for slot in slots:
         dtypes = slot.parameter.dtype, optimizer.state[slot.parameter]["exp_avg"].dtype
-        alike.setdefault((slot.group, slot.adapt, slot.weight_decay, slot.device, *dtypes), []).append(slot)
+        alike.setdefault((slot.group, slot.adapt, slot.exempt, slot.device, *dtypes), []).append(slot)
     crews = []
     for members in alike.values():
         group = optimizer.param_groups[members[0].group]
@@ -141,6 +155,7 @@ def _crew(slots: list[Slot], optimizer: LayerwiseOptimizer, positions: dict[int,
         positions=[positions[id(slot)] for slot in slots],
         kernel=kernel,
         names=[slot.piece.layer.name for slot in slots],
+        moment_dtype=optimizer.state[slots[0].parameter]["exp_avg"].dtype,
         is_plain=all(is_whole_view(slot.piece) for slot in slots),
     )
 
@@ -165,7 +180,7 @@ def options_of(slot: Slot, optimizer: LayerwiseOptimizer) -> Options:
         beta1=beta1,
         beta2=beta2,
         eps=group.get("eps", 0.0),
-        weight_decay=slot.weight_decay,
+        weight_decay=0.0 if slot.exempt else group["weight_decay"],
         norm=slot.norm,
         adapt=slot.adapt,
         maximize=group["maximize"],

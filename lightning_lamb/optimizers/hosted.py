@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from lightning_lamb.errors import ConflictError, InvalidOptionError, StateDictError
@@ -103,10 +102,10 @@ class Host:
         for group in groups:
             refuse_unsupported_options(group)
         fresh = []
-        for parameter in [parameter for group in groups for parameter in group["params"]]:
+        for owner, parameter in [(group, parameter) for group in groups for parameter in group["params"]]:
             found = optimizer.state[parameter]
             if "exp_avg" not in found and parameter.grad is not None:
-                state.allocate(found, parameter, capturable=False, second_moment=optimizer.base == "adam")
+                state.prepare(found, parameter, owner, optimizer.base == "adam", "a tensor of DeepSpeed")
                 fresh.append(parameter)
             if optimizer.base != "adam":
                 found.pop("exp_avg_sq", None)  # see `marked`
@@ -161,8 +160,8 @@ class Host:
             group[GROUPS_KEY] = [index, options]
         if optimizer.base != "adam":
             for key, found in saved["state"].items():
-                if "exp_avg" in found:
-                    nothing = torch.zeros((), dtype=found["exp_avg"].dtype).expand_as(found["exp_avg"])
+                if isinstance(found, dict) and "exp_avg" in found:
+                    nothing = found["exp_avg"].new_zeros(()).cpu().expand_as(found["exp_avg"])
                     saved["state"][key] = {**found, "exp_avg_sq": nothing}
         return saved
 

@@ -29,7 +29,14 @@ from lightning_lamb.optimizers.report import LayerReport
 from lightning_lamb.optimizers.roster import Roster, roster_of
 from lightning_lamb.optimizers.split_step import Elsewhere, Pending, split_step
 from lightning_lamb.param_groups import Exemptions
+from lightning_lamb.sharding import replacing_module
 from lightning_lamb.uncompiled import uncompiled
+
+KEPT_PLANS = 4
+"""Options that change the plan (``adapt``, ``norm``) may alternate between a few values."""
+
+IDLE_STEPS_ASKED = 2
+"""How often an optimizer without any gradient asks whether its parameters were replaced."""
 
 
 class LayerwiseOptimizer(Optimizer):
@@ -39,6 +46,9 @@ class LayerwiseOptimizer(Optimizer):
     signature: frozenset[str]
     exemptions: Exemptions | None = None
     """The rules behind its parameter groups, if `lamb_param_groups` made them: later groups are treated alike."""
+    step_was_skipped = False
+    """Whether the last `step` was none: a `torch.amp.GradScaler` found an overflow, with ``fused=True``, or DeepSpeed
+    tried the optimizer out with gradients of zero. Such a step is not counted, and no schedule should count it."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if isinstance(params, Module):
@@ -96,15 +106,17 @@ class LayerwiseOptimizer(Optimizer):
 
     @functools.partial(uncompiled, recursive=False)
     def _update(self) -> None:
-        if self._host.before_step(self):
+        self.step_was_skipped = self._host.before_step(self)
+        if self.step_was_skipped:
             return
         plan = self.plan()
-        self._refuse_idle(plan)
+        self._refuse_replaced(plan)
         # Looked up once: a thousand look-ups take as long as a small layer's step.
         grads = [slot.parameter.grad for slot in plan.slots]
         gradients.check(plan, grads)
         with gradients.completed(plan):
-            if not self._overflowed(plan):
+            self.step_was_skipped = self._overflowed(plan)
+            if not self.step_was_skipped:
                 self._update_layers(plan, grads)
 
     @functools.partial(uncompiled, recursive=False)
@@ -144,12 +156,24 @@ class LayerwiseOptimizer(Optimizer):
     def plan(self) -> LayerPlan:
         """The layers behind the present parameter groups; worked out again when parameters or exemptions change."""
         key = fingerprint(self.param_groups)
-        if key not in self._plans:
-            if len(self._plans) > 64 + len(self.state):  # ZeRO steps part by part, each with a plan of its own
-                self._plans.clear()
-            self._host.adopt(self.param_groups)
-            self._plans[key] = LayerPlan(self.param_groups)
+        known = self._plans.get(key)
+        if known is not None and known.holds():
+            return known
+        self._host.adopt(self.param_groups)
+        self._forget_plans()
+        self._plans[key] = LayerPlan(self.param_groups)
         return self._plans[key]
+
+    def _forget_plans(self) -> None:
+        """Makes room for another plan: a plan keeps parameters and state alive."""
+        if self._host.active:  # ZeRO steps part by part, each with a plan of its own
+            if len(self._plans) > 64 + len(self.state):
+                self._plans.clear()
+            return
+        present = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        for key, plan in list(self._plans.items()):
+            if len(self._plans) >= KEPT_PLANS or any(id(one) not in present for one in plan.parameters):
+                del self._plans[key]
 
     def next_coefficients(self, slot: Slot) -> Coefficients:
         """The coefficients of the slot's next step, which is not counted yet."""
@@ -163,14 +187,10 @@ class LayerwiseOptimizer(Optimizer):
         found["step"] = found["step"] + 1
 
     def state_of(self, slot: Slot) -> dict[str, Any]:
-        """The state of the slot's parameter, allocated if there is none yet."""
-        parameter = slot.parameter
-        found = self.state[parameter]
-        if "exp_avg" not in found:
-            group = self.param_groups[slot.group]
-            state.allocate(found, parameter, group["capturable"], self.base == "adam", group["state_dtype"])
-        elif state.has_master(parameter) and "master_weight" not in found:
-            found["master_weight"] = parameter.detach().float()  # resumed from a full-precision run
+        """The state of the slot's parameter: allocated if there is none yet, cast if the parameter was."""
+        found = self.state[slot.parameter]
+        group = self.param_groups[slot.group]
+        state.prepare(found, slot.parameter, group, self.base == "adam", slot.piece.layer.name)
         return found
 
     def _clip_scale(self) -> Tensor | None:
@@ -190,8 +210,9 @@ class LayerwiseOptimizer(Optimizer):
         found = loss_scaling.found_overflow(self)
         if found is None:
             return False
-        if plan.split:  # the scaler has looked at this rank only; the norm is the same on all
-            return not bool(self.global_grad_norm().isfinite())
+        if plan.split:  # the scaler has looked at this rank only; the norm of what it saw is the same on all
+            square = gradients.square_norm(plan, [None] * len(self.param_groups))
+            return square is not None and not bool(square.isfinite())
         return found
 
     @property
@@ -199,21 +220,27 @@ class LayerwiseOptimizer(Optimizer):
         """Tells `torch.amp.GradScaler` not to rewrite gradients: see `loss_scaling`."""
         return bool(self.defaults.get("fused"))
 
-    def _refuse_idle(self, plan: LayerPlan) -> None:
-        """Raises where no parameter has ever had a gradient: the model trains other tensors than these."""
-        if self.state or not plan.slots or plan.split or any(slot.parameter.grad is not None for slot in plan.slots):
+    def _refuse_replaced(self, plan: LayerPlan) -> None:
+        """Raises where a module has other tensors in the place of all of these, which so can never have a gradient.
+
+        Asked in the first two steps, if they find no gradient. One without is no error by itself: a closure that
+        returns nothing, layers that are not used yet.
+        """
+        if self.state or not plan.slots or plan.split or self._idle_steps == IDLE_STEPS_ASKED:
             return
-        if not any(slot.parameter.numel() and slot.parameter.requires_grad for slot in plan.slots):
+        if any(parameter.grad is not None for parameter in plan.parameters):
             return
         self._idle_steps += 1
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if self._idle_steps > 1 or (distributed and torch.distributed.get_world_size() > 1):
+        has_names = all("param_names" in group for group in self.param_groups)
+        names = [slot.piece.layer.name for slot in plan.slots] if has_names else None
+        module = replacing_module(plan.parameters, names)
+        if module is not None:
             raise UnknownShardError(
                 f"{type(self).__name__}.step() found no gradient on any of its {len(plan.slots)} parameters (the first "
-                f"is {plan.slots[0].piece.layer.name}), and none ever had one: the model was probably wrapped or moved "
-                "after the optimizer was built, so it trains other tensors. With the stock LightningCLI add "
-                "`--trainer.callbacks+=lightning_lamb.LargeBatch`, or use LambCLI or LambMixin; in your own loop build "
-                "the optimizer after wrapping. (If this really is a step before any backward(), leave it out.)"
+                f"is {plan.slots[0].piece.layer.name}): {type(module).__name__} has sharded parameters (DTensors) in "
+                "their place, because it was sharded after the optimizer was built, and trains those. With the stock "
+                "LightningCLI add `--trainer.callbacks+=lightning_lamb.LargeBatch`, or use LambCLI or LambMixin; in "
+                "your own loop build the optimizer after fully_shard() or parallelize_module()."
             )
 
     # ------------------------------------------------------------------------------------------------ groups and state
@@ -306,7 +333,7 @@ class LayerwiseOptimizer(Optimizer):
         plan = self.plan()
         with gradients.completed(plan):
             square = gradients.square_norm(plan, [loss_scaling.bound(self, group) for group in self.param_groups])
-        return torch.zeros(()) if square is None else square.sqrt()
+        return torch.zeros((), device="cpu") if square is None else square.sqrt()
 
     @property
     def grad_norm(self) -> Tensor | None:

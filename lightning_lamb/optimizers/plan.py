@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from lightning_lamb.errors import InvalidOptionError
+from lightning_lamb.kernels.unchanged import Unchanged
 from lightning_lamb.sharding import GlobalNorm, NormTable, Piece, annotation, clean_name, is_dtensor, locate
+from lightning_lamb.uncompiled import uncompiled
+
+KEPT_ENTRIES = 1 << 8
+"""Tensors of positions per plan: a table for each crew in every kept pattern of missing gradients, and more."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +26,7 @@ class Slot:
         group: the parameter group's index.
         parameter: the optimizer's parameter that contains the piece.
         piece: which layer, which elements.
-        weight_decay: the group's, or 0 where the layer is exempt.
+        exempt: whether the layer is spared weight decay and trust ratio, because it has one dimension.
         adapt: whether the layer has a trust ratio.
         device: of the elements.
         norm: of the group.
@@ -33,7 +38,7 @@ class Slot:
     group: int
     parameter: Tensor
     piece: Piece
-    weight_decay: float
+    exempt: bool
     adapt: bool
     device: torch.device
     norm: Any
@@ -51,7 +56,9 @@ class LayerPlan:
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
         self.slots: list[Slot] = []
         self.completed: dict[int, Tensor] = {}
-        self.rosters: dict[Any, Any] = {}  # see roster.py
+        self.rosters: dict[Any, Any] = {}  # these three: see roster.py
+        self.stamp: Any = None
+        self.kept_states: list[Any] = []
         for index, group in enumerate(groups):
             for position, parameter in enumerate(group["params"]):
                 for piece in locate(parameter, parameter_name(group, index, position)):
@@ -63,6 +70,9 @@ class LayerPlan:
         # Exempt layers join the table of a group that communicates anyway: their activity flag keeps ranks together.
         self.split = [slot for slot in self.slots if slot.piece.split is not None]
         self.devices = list(dict.fromkeys(slot.device for slot in self.slots))
+        self.parameters = [parameter for group in groups for parameter in group["params"]]
+        self._places = _places(self.parameters)
+        self._unchanged = Unchanged(self.parameters)
         self._entries: dict[Any, Tensor] = {}
         self._global_norms: dict[torch.device, tuple[list[Slot], GlobalNorm]] = {}
         self.tables = {device: self._table(device) for device in self.devices}
@@ -73,10 +83,22 @@ class LayerPlan:
             slots = []
         return slots, NormTable([slot.piece for slot in slots], [slot.norm for slot in slots], device)
 
+    @uncompiled
+    def holds(self) -> bool:
+        """Whether parameters still are where they were, in the same shapes; ``module.to(device)`` keeps the objects."""
+        if self._unchanged.holds(self.parameters):
+            return True
+        if _places(self.parameters) != self._places:
+            return False
+        self._unchanged = Unchanged(self.parameters)  # another dtype, or frozen: `roster.py` looks at those
+        return True
+
     def entries(self, slots: Sequence[Slot], members: Sequence[Slot]) -> Tensor:
         """(slots,) positions of ``slots`` in the table of ``members``, on their device; copied there once."""
         key = tuple(map(id, slots))
         if key not in self._entries:
+            if len(self._entries) >= KEPT_ENTRIES:  # layers that are dropped at random
+                self._entries.clear()
             position = {id(member): index for index, member in enumerate(members)}
             self._entries[key] = torch.tensor([position[id(slot)] for slot in slots], device=slots[0].device)
         return self._entries[key]
@@ -90,13 +112,17 @@ class LayerPlan:
         return self._global_norms
 
 
+def _places(parameters: Sequence[Tensor]) -> list[tuple[torch.device, torch.Size]]:
+    return [(parameter.device, parameter.shape) for parameter in parameters]
+
+
 def fingerprint(groups: Sequence[Mapping[str, Any]]) -> tuple[Any, ...]:
     """Changes when a plan made from ``groups`` no longer fits: other parameters, other exemptions, other names."""
     return tuple(
         (
             tuple(map(id, group["params"])),
-            group["weight_decay"],
-            group["adapt"],
+            # How much it decays is asked at every step: schedules change it.
+            group["adapt"] if group["adapt"] != "decayed" else group["weight_decay"] != 0,
             group["exempt_1d"],
             group["norm"],
             len(group.get("param_names", ())),
@@ -115,11 +141,8 @@ def parameter_name(group: Mapping[str, Any], group_index: int, position: int) ->
 
 
 def _slot(index: int, group: Mapping[str, Any], parameter: Tensor, piece: Piece, completed: dict[int, Tensor]) -> Slot:
-    exempt = group["exempt_1d"] and len(piece.layer.shape) <= 1
-    weight_decay = 0.0 if exempt else group["weight_decay"]
-    adapt = group["adapt"]
-    if adapt == "decayed":
-        adapt = weight_decay != 0
+    exempt = bool(group["exempt_1d"]) and len(piece.layer.shape) <= 1
+    adapt = group["adapt"] if group["adapt"] != "decayed" else group["weight_decay"] != 0
     if piece.split is not None and group["differentiable"]:
         raise InvalidOptionError(
             f"differentiable=True: {piece.layer.name} is sharded, and gradients do not flow through the all-reduce of "
@@ -127,4 +150,4 @@ def _slot(index: int, group: Mapping[str, Any], parameter: Tensor, piece: Piece,
         )
     local = piece.view(parameter.detach())
     adapts = bool(adapt) and not exempt
-    return Slot(index, parameter, piece, weight_decay, adapts, local.device, group["norm"], local.numel(), completed)
+    return Slot(index, parameter, piece, exempt, adapts, local.device, group["norm"], local.numel(), completed)

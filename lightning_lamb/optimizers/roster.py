@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import is_
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +17,8 @@ from lightning_lamb.uncompiled import uncompiled
 
 if TYPE_CHECKING:
     from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
+
+_dtype_of = attrgetter("dtype")
 
 KEPT = 8
 """Rosters per plan; a model whose set of gradients alternates between more patterns sorts them anew."""
@@ -67,7 +69,9 @@ class Roster:
                 self._counts = cpu.StepCounts(self._known_steps)
             values, alike = self._counts.advance()
         elif steps:
-            torch._foreach_add_(steps, [torch.ones(())] * len(steps))  # a number would be made a tensor for each
+            torch._foreach_add_(
+                steps, [torch.ones((), device="cpu")] * len(steps)
+            )  # a number would be made a tensor for each
             values = torch.stack(steps).tolist()
             alike = len(set(values)) == 1
         self._by_parameter, self._by_group = {}, {}
@@ -125,8 +129,12 @@ def roster_of(optimizer: LayerwiseOptimizer, plan: LayerPlan, grads: Sequence[Te
         plan: its own.
         grads: of the plan's slots.
     """
+    stamp = _stamp(optimizer, plan)
+    if stamp != plan.stamp:  # every earlier roster is out of date, and would keep old states in memory
+        plan.rosters.clear()
+        plan.kept_states = []
     missing = tuple(index for index, grad in enumerate(grads) if grad is None)
-    roster = plan.rosters.get(_key(optimizer, plan, missing))
+    roster = plan.rosters.get(missing)
     if roster is None:
         slots = [slot for slot, grad in zip(plan.slots, grads) if grad is not None]
         for slot in slots:
@@ -134,16 +142,18 @@ def roster_of(optimizer: LayerwiseOptimizer, plan: LayerPlan, grads: Sequence[Te
         roster = Roster(slots, optimizer, plan)
         if len(plan.rosters) >= KEPT:
             plan.rosters.clear()
-        plan.rosters[_key(optimizer, plan, missing)] = roster  # states are there now
+        plan.rosters[missing] = roster
+        plan.kept_states = list(optimizer.state.values())  # alive, so that no id in the stamp is used again
+        plan.stamp = _stamp(optimizer, plan)  # states are there now
     roster.advance(optimizer)
     return roster
 
 
-def _key(optimizer: LayerwiseOptimizer, plan: LayerPlan, missing: tuple[int, ...]) -> Any:
-    """Changes when a roster no longer holds: other gradients, dtypes (a model that was cast), states or kernels."""
+def _stamp(optimizer: LayerwiseOptimizer, plan: LayerPlan) -> Any:
+    """Changes when rosters no longer hold: other dtypes (a model that was cast), states or kernels."""
+    options = ("foreach", "fused", "differentiable", "capturable", "state_dtype")
     return (
-        missing,
-        tuple([slot.parameter.dtype for slot in plan.slots]),
-        tuple(map(id, optimizer.state.values())),  # a roster keeps its states alive, so no id is used again
-        tuple((g["foreach"], g["fused"], g["differentiable"], g["capturable"]) for g in optimizer.param_groups),
+        tuple(map(_dtype_of, plan.parameters)),
+        tuple(map(id, optimizer.state.values())),
+        tuple([tuple([group[name] for name in options]) for group in optimizer.param_groups]),
     )

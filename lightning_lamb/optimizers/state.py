@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_lamb.errors import StateDictError
+from lightning_lamb.errors import ConflictError, StateDictError
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FULL_PRECISION_KEYS = ("exp_avg", "exp_avg_sq", "master_weight")
@@ -35,29 +35,56 @@ def moment_dtype(parameter: Tensor, state_dtype: str | None) -> torch.dtype:
     return torch.float32 if has_master(parameter) else parameter.dtype
 
 
-def allocate(
-    state: dict[str, Any],
-    parameter: Tensor,
-    capturable: bool,
-    second_moment: bool,
-    state_dtype: str | None = None,
-) -> None:
-    """Fills an empty state: ``step``, ``exp_avg``, ``exp_avg_sq`` and, for half precision, ``master_weight``.
+def prepare(state: dict[str, Any], parameter: Tensor, group: Mapping[str, Any], second_moment: bool, name: str) -> None:
+    """Makes the state what the parameter needs now: the one place that allocates state, and that casts it.
+
+    A new parameter gets ``step``, ``exp_avg``, ``exp_avg_sq`` and, for half precision, ``master_weight``. Where
+    somebody cast or moved the parameter since (``module.double()``, ``module.to(device)``), moments follow its dtype
+    and device, and a master is made or dropped.
 
     Args:
         state: modified in place.
         parameter: the tensors are laid out like it (DTensor for DTensor), in float32 if it is half precision.
-        capturable: keep ``step`` on the parameter's device, else on the host.
+        group: its parameter group, with ``capturable`` (keep ``step`` on the parameter's device, else on the host) and
+            ``state_dtype``.
         second_moment: whether the optimizer has one.
-        state_dtype: the option of that name.
+        name: of the parameter, for messages.
+
+    Raises:
+        ConflictError: a state of another shape than the parameter has by now.
     """
-    dtype = moment_dtype(parameter, state_dtype)
-    state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if capturable else "cpu")
-    state["exp_avg"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-    if second_moment:
-        state["exp_avg_sq"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
-    if has_master(parameter):
+    dtype = moment_dtype(parameter, group["state_dtype"])
+    keys = ("exp_avg", "exp_avg_sq") if second_moment else ("exp_avg",)
+    for key in keys:
+        if key in state:
+            state[key] = _like(state[key], parameter, dtype, f"{name}: its {key}")
+        else:
+            state[key] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+    on_device = bool(group["capturable"])
+    if "step" not in state:
+        state["step"] = (
+            torch.zeros((), dtype=torch.float32, device=parameter.device)
+            if on_device
+            else torch.tensor(0.0, dtype=torch.float32, device="cpu")
+        )
+    elif on_device and isinstance(state["step"], Tensor) and state["step"].device != parameter.device:
+        state["step"] = state["step"].to(parameter.device)
+    if not has_master(parameter):
+        state.pop("master_weight", None)  # a model that is in full precision by now
+    elif "master_weight" in state:
+        state["master_weight"] = _like(state["master_weight"], parameter, torch.float32, f"{name}: its master_weight")
+    else:
         state["master_weight"] = parameter.detach().to(torch.float32, memory_format=torch.preserve_format)
+
+
+def _like(tensor: Tensor, parameter: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """The tensor itself, or in another dtype, on another device, without lazy bits."""
+    if tensor.shape != parameter.shape:
+        raise ConflictError(
+            f"{what} has shape {tuple(tensor.shape)}, the parameter {tuple(parameter.shape)} by now: state cannot "
+            "follow another shape. Remove it (optimizer.state.pop(parameter)) to begin anew, or resize it yourself."
+        )
+    return tensor.to(device=parameter.device, dtype=dtype).resolve_neg()
 
 
 def check_state_dict(
@@ -130,10 +157,15 @@ def restore_steps(state: Mapping[Any, dict[str, Any]]) -> None:
 
     Torch keeps the loaded tensor, and counting in place would count in the caller's state dict too.
     """
-    for found in state.values():
-        if "step" in found:
+    entries: list[Any] = list(state.values())  # a hook of the user's may have left anything there
+    for found in entries:
+        if isinstance(found, dict) and "step" in found:
             step = found["step"]
-            own = step.clone() if isinstance(step, Tensor) else torch.tensor(float(step), dtype=torch.float32)
+            own = (
+                step.clone()
+                if isinstance(step, Tensor)
+                else torch.tensor(float(step), dtype=torch.float32, device="cpu")
+            )
             found["step"] = own
 
 

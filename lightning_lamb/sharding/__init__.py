@@ -9,6 +9,7 @@ from lightning_lamb.sharding.annotate import annotate, annotate_slice, annotatio
 from lightning_lamb.sharding.dtensor import completed_gradients, is_dtensor, refuse_plain_gradient
 from lightning_lamb.sharding.layout import Layer, Locator, Piece, Split
 from lightning_lamb.sharding.norms import GlobalNorm, NormTable, gather_by_name
+from lightning_lamb.sharding.replaced import replacing_module
 
 __all__ = [
     "LOCATORS",
@@ -27,6 +28,7 @@ __all__ = [
     "is_dtensor",
     "locate",
     "refuse_plain_gradient",
+    "replacing_module",
     "true_name",
     "true_shape",
     "zero",

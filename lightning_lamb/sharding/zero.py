@@ -217,7 +217,7 @@ def _of_sub_group(flat: Tensor, stage3: Any, everyone: Named) -> tuple[list[Frag
 
 def _check(flat: Tensor, fragments: Sequence[Fragment], pieces: Sequence[Piece], name: str) -> None:
     """All ranks' segments must tile every layer once and agree with the model's weights. One all-reduce, host reads."""
-    found = torch.zeros(3, len(fragments), dtype=torch.float64)
+    found = torch.zeros(3, len(fragments), dtype=torch.float64, device="cpu")
     for index, fragment in enumerate(fragments):
         inside = fragment.segment.start >= 0 and fragment.segment.start + fragment.segment.length <= flat.numel()
         found[0, index] = fragment.segment.length

@@ -39,6 +39,7 @@ def fresh(monkeypatch, tmp_path):
     """As in a process that has not asked for the library yet, with a cache folder of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(choice, "_warned", False)
+    monkeypatch.setattr(cpu_library, "_failures", {})
     for known in (cpu_library.library, cpu_library._compiler):
         known.cache_clear()
     yield tmp_path
@@ -154,3 +155,32 @@ def test_the_library_for_any_processor_of_this_kind_computes_the_same(fresh, mon
 
 def test_job_is_laid_out_as_in_c():
     assert ctypes.sizeof(cpu.Job) == cpu_library.library().lamb_job_size()
+
+
+def test_a_compiler_that_fails_is_tried_once(fresh, monkeypatch):
+    """Without the C library's headers, say. Every batch of every step tried again, up to forty times a step."""
+    log, compiler = fresh / "log", fresh / "cc"
+    compiler.write_text(f'#!/bin/sh\necho run >> {log}\n[ "$1" = --version ] && exit 0\nexit 1\n')
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CC", str(compiler))
+
+    def runs() -> int:
+        return len(log.read_text().splitlines())
+
+    parameters = [torch.nn.Parameter(torch.ones(4, 4)) for _ in range(6)]
+    groups = [{"params": [parameter], "weight_decay": 0.01 * index} for index, parameter in enumerate(parameters)]
+    optimizer = Lamb(groups)
+    with pytest.warns(UserWarning, match="No fused CPU kernel"):
+        parameters[0].grad = torch.ones(4, 4)
+        optimizer.step()
+    tried = runs()
+    assert 1 <= tried <= 1 + len(cpu_library.THIS_PROCESSOR)
+    for step in range(4):
+        for index, parameter in enumerate(parameters):
+            parameter.grad = torch.ones(4, 4) if (index + step) % 3 else None
+        optimizer.step()
+    assert cpu_library.missing_because() is not None
+    assert runs() == tried
+    monkeypatch.delenv("CC")  # somebody who mends it in a running process is heard
+    cpu_library._compiler.cache_clear()
+    assert cpu_library.missing_because() is None

@@ -7,7 +7,7 @@ import torch
 from problems import assert_identical, snapshot
 from torch import nn
 
-from lightning_lamb import Lamb, Lars
+from lightning_lamb import Lamb, Lars, StagedWarmup
 
 FORMS = pytest.mark.parametrize("foreach", [False, True], ids=["eager", "foreach"])
 OPTIMIZERS = pytest.mark.parametrize("optimizer_class", [Lamb, Lars])
@@ -70,3 +70,29 @@ def test_unscaling_first_for_an_outside_clip_gives_the_same_step(optimizer_class
         scaler.step(optimizer)
         scaler.update()
     assert_identical(weights[1].detach(), weights[0].detach())
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("fused", [None, True])
+@pytest.mark.parametrize("max_grad_value", [None, 1.0])
+def test_a_skipped_step_is_counted_by_nobody(optimizer_class, fused, max_grad_value):
+    """With ``fused=True`` the scaler calls ``step()`` also where it found an overflow; the schedule counted that."""
+    weight = nn.Parameter(torch.tensor([[3.0, -2.0], [0.5, 4.0]]))
+    optimizer = optimizer_class([weight], lr=0.1, fused=fused, max_grad_value=max_grad_value)
+    schedule = StagedWarmup(optimizer, total_steps=100, warmup_steps=10)
+    schedule.follow_optimizer()
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    skipped = []
+    for step in range(6):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(weight, step)).backward()
+        if step in (1, 2, 4):
+            weight.grad[0, 0] = float("inf") if step != 2 else float("nan")
+        scaler.step(optimizer)
+        scaler.update()
+        schedule.step()
+        skipped.append(optimizer.step_was_skipped)
+    assert float(optimizer.state[weight]["step"]) == schedule.last_epoch == 3
+    # not fused, the scaler leaves step() out, and the last one was a step
+    assert skipped == [False, bool(fused), bool(fused), False, bool(fused), False]
+    assert bool(weight.isfinite().all())

@@ -34,10 +34,10 @@ class SampleCounter:
     """Counts the samples of micro-batches.
 
     Args:
-        micro_batch_size: samples in a full micro-batch, which none may exceed.
+        micro_batch_size: samples in a full micro-batch, which none may exceed; None: not known.
     """
 
-    def __init__(self, micro_batch_size: int) -> None:
+    def __init__(self, micro_batch_size: int | None) -> None:
         self.micro_batch_size = micro_batch_size
         self._candidates: tuple[Place, ...] = ()
         self._loaders: Any = None
@@ -61,12 +61,15 @@ class SampleCounter:
         if loaders is not self._loaders:
             self._loaders = loaders
             self._look_at([] if loaders is None else list(loaders.flattened))
-        drawn = None
+        full = self.micro_batch_size
+        drawn: int | None = None
         if self._drawn is not None:
             size, total = self._drawn
             drawn = min(size, total - batch_idx * size)
-            if not 0 < drawn <= self.micro_batch_size:
+            if drawn <= 0 or (full is not None and drawn > full):
                 drawn = None
+        if full is None and drawn is None:
+            return samples_in(batch)
         found = None
         for place in self._candidates:
             size_here = place.read(batch)
@@ -75,9 +78,9 @@ class SampleCounter:
                     break
                 found = size_here
         else:
-            if found is not None and (found == drawn if drawn is not None else found <= self.micro_batch_size):
+            if found is not None and (found == drawn if drawn is not None else found <= (full or found)):
                 return found
-        return self._find(batch, drawn)
+        return self._find(batch, drawn, full or drawn or 1)
 
     def _look_at(self, loaders: list[Any]) -> None:
         """Notes what the dataloaders tell."""
@@ -90,11 +93,11 @@ class SampleCounter:
             if known and not isinstance(loader.dataset, IterableDataset):
                 self._drawn = batch_sampler.batch_size, len(batch_sampler.sampler)  # type: ignore[union-attr,arg-type]
 
-    def _find(self, batch: Any, drawn: int | None) -> int:
+    def _find(self, batch: Any, drawn: int | None, full: int) -> int:
         """Finds out which sizes of the batch are its number of samples, or which of the candidates remain."""
-        if self.micro_batch_size == 1 and not self._batches:
+        if full == 1 and not self._batches:
             return 1  # a sample as it is, without a dimension of samples
-        expected = self.micro_batch_size if drawn is None else drawn
+        expected = full if drawn is None else drawn
         known: dict[Place, int] = {}
         sizes: dict[Place, int] = {}
         for dimensions in sorted({self._dimensions, 2}):
@@ -104,16 +107,16 @@ class SampleCounter:
             if chosen and (drawn is not None or len(set(known.values())) <= 1):
                 self._candidates = chosen
                 return expected
-            size = self._shared(batch, dimensions, set(known.values()), sizes, drawn)
+            size = self._shared(batch, dimensions, set(known.values()), sizes, drawn, full)
             if size is not None:
                 self._candidates = _having(size, known) or _having(size, sizes)
                 return size
         if drawn is not None:  # the collate function made something else of them (a graph, a packed row)
             return drawn
-        raise InvalidOptionError(_unknown(batch, self.micro_batch_size, known or sizes))
+        raise InvalidOptionError(_unknown(batch, full, known or sizes))
 
     def _shared(
-        self, batch: Any, dimensions: int, candidates: set[int], sizes: dict[Place, int], drawn: int | None
+        self, batch: Any, dimensions: int, candidates: set[int], sizes: dict[Place, int], drawn: int | None, full: int
     ) -> int | None:
         """The one size that all parts of the batch share, where the candidates do not decide.
 
@@ -123,8 +126,8 @@ class SampleCounter:
             candidates: what stands where the number of samples was before.
             sizes: all sizes of the batch.
             drawn: how many samples the dataloader drew, if that is known.
+            full: samples in a full micro-batch.
         """
-        full = self.micro_batch_size
         shared = shared_sizes(batch, dimensions if drawn is None else 1) or set()
         possible = {size for size in shared if size <= full}
         if drawn is not None:  # the collate function dropped some; or the loader began anew in the middle of an epoch

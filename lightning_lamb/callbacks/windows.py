@@ -73,6 +73,7 @@ class WindowMean:
         self._loss_name = loss_name
         self._loss: Tensor | None = None
         self._log = StepLog()
+        self._micro_batch_size = micro_batch_size
         self._samples = SampleCounter(micro_batch_size)
         self._reference = float(micro_batch_size)
         self._reported: bool | None = None
@@ -122,7 +123,7 @@ class WindowMean:
         """
         count: float | Tensor | None = module.__dict__.get(REPORT)
         if count is not None and self._reported is None:
-            self._reference = 2.0 ** math.floor(math.log2(self._samples.micro_batch_size))
+            self._reference = 2.0 ** math.floor(math.log2(self._micro_batch_size))
         self._compare_ranks(trainer, module, count)
         if self._reported is None:
             self._reported = count is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_lamb import LargeBatch
 from lightning_lamb.callbacks import ThroughputMonitor
 from lightning_lamb.errors import InvalidOptionError
-from tests.lightning.toys import Batches, Regression, quiet_trainer, regression_data
+from tests.lightning.toys import Batches, Endless, Regression, quiet_trainer, regression_data
 
 
 class Texts(Dataset):
@@ -105,6 +106,43 @@ def test_a_training_without_an_end_has_no_remaining_time():
     steps = fitted(ThroughputMonitor(), max_epochs=-1, max_time={"seconds": 1})
     assert steps
     assert not any("eta_minutes" in step for step in steps)
+
+
+class Logging(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: set[str] = set()
+
+    def log(self, name: str, value: Any, *args: Any, **options: Any) -> None:
+        assert math.isfinite(value)
+        self.logged.add(name)
+
+
+@pytest.mark.parametrize("large_batch", [False, True], ids=["alone", "beside LargeBatch"])
+def test_a_dataset_without_a_length_has_no_remaining_time(large_batch: bool):
+    """The training stopped, because its length was asked for."""
+    module, callbacks = Logging(), [LargeBatch(8)] if large_batch else []
+    trainer = quiet_trainer(callbacks=[*callbacks, ThroughputMonitor()], max_epochs=2)
+    trainer.fit(module, DataLoader(Endless(), 4))
+    assert {"samples_per_step", "samples_per_second"} <= module.logged
+    assert "eta_minutes" not in module.logged
+    assert trainer.global_step == (16 if large_batch else 32)
+
+
+def test_samples_that_a_batch_does_not_tell_are_left_out():
+    class Strange(Logging):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step([batch["x"], batch["y"][:4]], batch_idx)
+
+    def collated(items: list[Any]) -> dict[str, torch.Tensor]:
+        return {"x": torch.stack([x for x, _ in items]), "y": torch.stack([y for _, y in items * 2])}
+
+    module = Strange()
+    trainer = quiet_trainer(callbacks=[ThroughputMonitor()], max_epochs=1)
+    with pytest.warns(UserWarning, match=r"goes on without samples.*batch\['x'\].shape\[0\] = 4"):
+        trainer.fit(module, DataLoader(Endless(), 4, collate_fn=collated))
+    assert trainer.global_step == 16
+    assert "samples_per_step" not in module.logged
 
 
 def test_a_key_that_is_not_there_is_named_with_those_that_are():

@@ -45,3 +45,7 @@ class PromiseError(LightningLambError, RuntimeError):
 
 class MissingDependencyError(LightningLambError, ImportError):
     """An optional package that this feature needs is not installed."""
+
+
+class RankDisagreementError(LightningLambError, RuntimeError):
+    """Ranks that share layers were given different ones, or different options for them."""

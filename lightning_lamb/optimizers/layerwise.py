@@ -20,6 +20,7 @@ from lightning_lamb.equations import Coefficients, Scalar, statistic_dtype
 from lightning_lamb.errors import InvalidOptionError, LightningLambError, UnknownShardError
 from lightning_lamb.kernels import StepSizes, trust_ratios
 from lightning_lamb.optimizers import choice, gradients, loss_scaling, state
+from lightning_lamb.optimizers.agreement import Agreement
 from lightning_lamb.optimizers.batches import options_of, scales_of
 from lightning_lamb.optimizers.group_options import parts_of
 from lightning_lamb.optimizers.hosted import Host
@@ -54,6 +55,7 @@ class LayerwiseOptimizer(Optimizer):
         if isinstance(params, Module):
             raise InvalidOptionError(f"params is a module ({type(params).__name__}): pass its named_parameters().")
         self._reset()
+        self.agreement = Agreement()
         self._host = Host()
         super().__init__(params, checked(defaults))
         gradients.refuse_part_of_gradient_norm(one_limit(self.param_groups))
@@ -114,6 +116,7 @@ class LayerwiseOptimizer(Optimizer):
         # Looked up once: a thousand look-ups take as long as a small layer's step.
         grads = [slot.parameter.grad for slot in plan.slots]
         gradients.check(plan, grads)
+        self.agreement.ensure(self, plan, getattr(self, "found_inf", None) is not None, self._host.active)
         with gradients.completed(plan):
             self.step_was_skipped = self._overflowed(plan)
             if not self.step_was_skipped:
@@ -315,6 +318,8 @@ class LayerwiseOptimizer(Optimizer):
         self._reset()
         known = self.__dict__.get("_host")
         self._host = Host() if known is None else known
+        if "agreement" not in self.__dict__:
+            self.agreement = Agreement()
         self._host.regroup(self.param_groups)
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -331,6 +336,7 @@ class LayerwiseOptimizer(Optimizer):
             0-dim tensor, the same on every rank.
         """
         plan = self.plan()
+        self.agreement.ensure(self, plan, norm_first=True, in_parts=self._host.active)
         with gradients.completed(plan):
             square = gradients.square_norm(plan, [loss_scaling.bound(self, group) for group in self.param_groups])
         return torch.zeros((), device="cpu") if square is None else square.sqrt()

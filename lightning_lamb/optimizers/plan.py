@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,16 @@ from torch import Tensor
 
 from lightning_lamb.errors import InvalidOptionError
 from lightning_lamb.kernels.unchanged import Unchanged
-from lightning_lamb.sharding import GlobalNorm, NormTable, Piece, annotation, clean_name, is_dtensor, locate
+from lightning_lamb.sharding import (
+    GlobalNorm,
+    NormTable,
+    Piece,
+    annotate_fully_sharded,
+    annotation,
+    clean_name,
+    is_dtensor,
+    locate,
+)
 from lightning_lamb.uncompiled import uncompiled
 
 KEPT_ENTRIES = 1 << 8
@@ -49,11 +59,20 @@ class Slot:
 class LayerPlan:
     """All slots of an optimizer, and the tables that complete their norms.
 
+    What travels between ranks is in the order of the layers' names, so that it does not depend on the order of the
+    parameters, which may be another on another rank.
+
     Args:
         groups: the optimizer's parameter groups.
+
+    Attributes:
+        slots: in the order of the groups.
+        shared: those that concern other ranks: pieces of layers, and DTensors, whose gradients may be partial sums.
+        split: of the shared ones, the pieces of layers.
     """
 
     def __init__(self, groups: Sequence[Mapping[str, Any]]) -> None:
+        annotate_fully_sharded([parameter for group in groups for parameter in group["params"]])
         self.slots: list[Slot] = []
         self.completed: dict[int, Tensor] = {}
         self.rosters: dict[Any, Any] = {}  # these three: see roster.py
@@ -66,16 +85,22 @@ class LayerPlan:
         self.by_parameter: dict[int, list[Slot]] = {}
         for slot in self.slots:
             self.by_parameter.setdefault(id(slot.parameter), []).append(slot)
-        self.dtensors = [parameter for group in groups for parameter in group["params"] if is_dtensor(parameter)]
+        self._ordered = sorted(self.slots, key=lambda slot: slot.piece.layer.name)
+        self.dtensors = [slot.parameter for slot in self._ordered if is_dtensor(slot.parameter)]
         # Exempt layers join the table of a group that communicates anyway: their activity flag keeps ranks together.
-        self.split = [slot for slot in self.slots if slot.piece.split is not None]
-        self.devices = list(dict.fromkeys(slot.device for slot in self.slots))
+        self.split = [slot for slot in self._ordered if slot.piece.split is not None]
+        self.shared = [slot for slot in self._ordered if slot.piece.split is not None or is_dtensor(slot.parameter)]
+        self.devices = list(dict.fromkeys(slot.device for slot in self._ordered))
         self.parameters = [parameter for group in groups for parameter in group["params"]]
         self._places = _places(self.parameters)
         self._unchanged = Unchanged(self.parameters)
         self._entries: dict[Any, Tensor] = {}
         self._global_norms: dict[torch.device, tuple[list[Slot], GlobalNorm]] = {}
-        self.tables = {device: self._table(device) for device in self.devices}
+
+    @functools.cached_property
+    def tables(self) -> dict[torch.device, tuple[list[Slot], NormTable]]:
+        """Per device, the slots and the table that completes their norms. Making it may create process groups."""
+        return {device: self._table(device) for device in self.devices}
 
     def _table(self, device: torch.device) -> tuple[list[Slot], NormTable]:
         slots = [slot for slot in self.split if slot.device == device]
@@ -107,7 +132,7 @@ class LayerPlan:
         """Per device, the slots and the reduction that together give the gradient's norm."""
         if not self._global_norms:
             for device in self.devices:
-                slots = [slot for slot in self.slots if slot.device == device]
+                slots = [slot for slot in self._ordered if slot.device == device]
                 self._global_norms[device] = slots, GlobalNorm([slot.piece for slot in slots], device)
         return self._global_norms
 

@@ -8,7 +8,9 @@ ranks know neither names nor the gradient norm of the layers that they do not ho
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,13 +18,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_lamb.errors import ConflictError, StateDictError
+from lightning_lamb.errors import ConflictError, InvalidOptionError, StateDictError
 from lightning_lamb.optimizers import gradients, state
+from lightning_lamb.optimizers.agreement import moves
 from lightning_lamb.optimizers.group_options import parts_of
 from lightning_lamb.optimizers.lamb import Lamb
 from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
+from lightning_lamb.optimizers.options import one_limit
 from lightning_lamb.optimizers.plan import parameter_name
-from lightning_lamb.optimizers.slices import Slice, gather_slices, gather_state, in_buckets
+from lightning_lamb.optimizers.slices import Slice, gather_slices, gather_state, in_buckets, in_one_order
 from lightning_lamb.param_groups import Exemptions
 from lightning_lamb.sharding import annotation, is_dtensor
 
@@ -57,7 +61,8 @@ class ShardedStateOptimizer(Optimizer):
     """
 
     exemptions: Exemptions | None = None
-    """As in `LayerwiseOptimizer`."""
+    """As in `LayerwiseOptimizer`; `step_was_skipped` too."""
+    step_was_skipped = False
 
     def __init__(
         self,
@@ -68,16 +73,25 @@ class ShardedStateOptimizer(Optimizer):
         bucket_bytes: int = 1 << 26,
         **options: Any,
     ) -> None:
+        self._begin(optimizer_class, process_group, bucket_bytes, options)
+        super().__init__(params, dict(self._template.defaults))
+
+    def _begin(
+        self,
+        optimizer_class: Callable[..., LayerwiseOptimizer],
+        process_group: Any | None,
+        bucket_bytes: int,
+        options: dict[str, Any],
+    ) -> None:
         self.optimizer_class = optimizer_class
         self.bucket_bytes = bucket_bytes
         self._group = process_group
         self._options = options
         self._inner: LayerwiseOptimizer | None = None
         self._slices: list[Slice] = []
-        self._consolidated: dict[str, Any] | None = None
+        self._consolidated: dict[int, dict[str, Any]] | None = None  # by the id of the slice
         # Checks the options now, and knows their defaults.
         self._template = optimizer_class([torch.nn.Parameter(torch.empty(0))], **options)
-        super().__init__(params, dict(self._template.defaults))
 
     # --------------------------------------------------------------------------------------------------------- the step
 
@@ -89,6 +103,9 @@ class ShardedStateOptimizer(Optimizer):
 
         Returns:
             What ``closure`` returned, else None.
+
+        Raises:
+            RankDisagreementError: ranks were given different layers or options; before the first update.
         """
         loss = None
         if closure is not None:
@@ -96,9 +113,10 @@ class ShardedStateOptimizer(Optimizer):
                 loss = closure()
         self._consolidated = None
         with torch.no_grad(), self._prepared() as inner:
-            inner.step()
-            if self._ranks() > 1:
-                moved = [part for part in self._slices if part.parameter.requires_grad]
+            inner._update()  # noqa: SLF001 - its step() would tell torch's global hooks of a second step
+            self.step_was_skipped = inner.step_was_skipped
+            if self._ranks() > 1 and not self.step_was_skipped:
+                moved = [own for own in in_one_order(self._slices) if moves(own.parameter)]
                 for bucket in in_buckets(moved, self.bucket_bytes):
                     gather_slices(bucket, self._group)
         return loss
@@ -121,23 +139,57 @@ class ShardedStateOptimizer(Optimizer):
                 part.piece.grad = None
 
     def _built(self) -> LayerwiseOptimizer:
-        if self._inner is None:
-            groups = [self._sliced(index) for index in range(len(self.param_groups))]
-            self._inner = self.optimizer_class(groups, **self._options)
-            self.state = self._inner.state
+        """The optimizer of this rank's slices, of the parameters that are in the groups now."""
+        place = self._rank(), self._ranks()
+        present = [parameter for group in self.param_groups for parameter in group["params"]]
+        fits = len(present) == len(self._slices) and all(
+            own.fits(parameter, place) for own, parameter in zip(self._slices, present)
+        )
+        if self._inner is None or not fits or len(self._inner.param_groups) != len(self.param_groups):
+            self._build(place)
+        assert self._inner is not None
         return self._inner
 
-    def _sliced(self, index: int) -> dict[str, Any]:
-        """A parameter group of this rank's slices."""
-        group = self.param_groups[index]
-        named = []
-        for position, parameter in enumerate(group["params"]):
-            name = parameter_name(group, index, position)
-            _refuse_sharded(parameter, name)
-            own = Slice(parameter, name, self._rank(), self._ranks(), self._group)
-            self._slices.append(own)
-            named.append((name, own.piece))
-        return {**{k: v for k, v in group.items() if k != "param_names"}, "params": named}
+    def _build(self, place: tuple[int, int]) -> None:
+        """Cuts what is new, and drops what is gone; the rest keeps its state."""
+        known = {id(own.parameter): own for own in self._slices}
+        groups, slices, recut = [], [], []
+        for index, group in enumerate(self.param_groups):
+            pieces = []
+            for position, parameter in enumerate(group["params"]):
+                old = known.get(id(parameter))
+                fits = old is not None and old.fits(parameter, place)
+                own = old if old is not None and fits else self._cut(group, index, position, place)
+                if old is not None and not fits and self.state.get(old.piece):
+                    recut.append((own.piece, own.recut(old, self.state[old.piece])))
+                slices.append(own)
+                pieces.append(own.piece)
+            groups.append({**{k: v for k, v in group.items() if k != "param_names"}, "params": pieces})
+        if self._inner is None:
+            self._inner = self.optimizer_class(groups, **self._options)
+            self._inner.agreement.more = self._shared_facts
+            self.state = self._inner.state
+        self._inner.param_groups = groups
+        for gone in set(known.values()) - set(slices):
+            self.state.pop(gone.piece, None)
+        self.state.update(recut)
+        self._slices = slices
+
+    def _cut(self, group: dict[str, Any], index: int, position: int, place: tuple[int, int]) -> Slice:
+        parameter = group["params"][position]
+        name = parameter_name(group, index, position)
+        _refuse_sharded(parameter, name)
+        is_named = len(group.get("param_names") or ()) == len(group["params"]) or annotation(parameter) is not None
+        return Slice(parameter, name, *place, self._group, is_named)
+
+    def _shared_facts(self) -> dict[str, list[tuple[str, str]]]:
+        """What all ranks must say alike of a layer, besides its shape and options."""
+        facts = {}
+        for own in self._slices:
+            facts[own.name] = [("bucket_bytes", str(self.bucket_bytes))]
+            if not own.is_named and own.ranks > 1:  # in whatever order: layers are told apart by what is in them
+                facts[own.name].append(("weights with checksum", str(own.checksum())))
+        return facts
 
     def _ranks(self) -> int:
         return dist.get_world_size(self._group) if dist.is_available() and dist.is_initialized() else 1
@@ -152,6 +204,10 @@ class ShardedStateOptimizer(Optimizer):
 
         Args:
             param_group: ``params`` (tensors or (name, tensor) pairs) and any option of the optimizer.
+
+        Raises:
+            InvalidOptionError: an option that cannot be meant, or ``differentiable``.
+            UnsupportedGradientError: a complex parameter.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, but got {type(param_group)}")
@@ -159,12 +215,17 @@ class ShardedStateOptimizer(Optimizer):
             self._add_param_group(part)
 
     def _add_param_group(self, param_group: dict[str, Any]) -> None:
-        options = {k: v for k, v in param_group.items() if k in self._template.defaults}
-        # Checks them.
-        self.optimizer_class([{**options, "params": [torch.nn.Parameter(torch.empty(0))]}], **self._options)
-        super().add_param_group(param_group)
-        if self._inner is not None:
-            self._inner.add_param_group(self._sliced(len(self.param_groups) - 1))
+        params = param_group["params"]
+        whole = params if isinstance(params, (Tensor, set)) else list(params)  # an iterator can be read once
+        alone = self.optimizer_class([{**param_group, "params": whole}], **self._options).param_groups[0]
+        options = {name: alone[name] for name in self._template.defaults}
+        if options["differentiable"]:
+            raise InvalidOptionError(
+                "differentiable=True in ShardedStateOptimizer: gradients do not flow through the all-gather of the "
+                "new weights. Use Lamb itself."
+            )
+        one_limit([*self.param_groups, options])
+        super().add_param_group({**param_group, **options, "params": whole})
 
     def consolidate_state_dict(self, to: int = 0) -> None:
         """Collects the state of all ranks on one, for `state_dict` there; call it on all ranks. Lightning does.
@@ -175,16 +236,22 @@ class ShardedStateOptimizer(Optimizer):
             to: rank in the process group that gets the state, in host memory.
         """
         self._built()
-        found = gather_state(self._slices, self.state, self.bucket_bytes, to, self._group, self._ranks())
-        self._consolidated = None if found is None else {"state": found, **self._groups_state()}
+        ordered = in_one_order(self._slices)
+        found = gather_state(ordered, self.state, self.bucket_bytes, to, self._group, self._ranks())
+        self._consolidated = None if found is None else {id(ordered[index]): found[index] for index in found}
 
     def state_dict(self) -> dict[str, Any]:
         """The state dict of the unsharded optimizer, on the rank that `consolidate_state_dict` named.
 
+        Options and groups are those of this moment. The dict is the caller's.
+
         Raises:
             StateDictError: it was not called on all ranks since the last step, or named another rank.
         """
-        if self._consolidated is None and self._ranks() == 1:
+        for hook in list(self._optimizer_state_dict_pre_hooks.values()):
+            hook(self)
+        self._built()
+        if self._ranks() == 1:
             self.consolidate_state_dict()
         if self._consolidated is None:
             raise StateDictError(
@@ -192,7 +259,13 @@ class ShardedStateOptimizer(Optimizer):
                 "optimizer.consolidate_state_dict(to=rank) on all ranks first (Lightning and Fabric do), and "
                 "optimizer.state_dict() on that rank."
             )
-        return self._consolidated
+        found = self._consolidated
+        saved = {index: copy.copy(found[id(own)]) for index, own in enumerate(self._slices) if id(own) in found}
+        state_dict: dict[str, Any] = {"state": saved, "param_groups": self._groups_state()}
+        for post_hook in list(self._optimizer_state_dict_post_hooks.values()):
+            changed = post_hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state dict of the unsharded optimizer or of this one; every rank keeps its slices. No communication.
@@ -203,11 +276,14 @@ class ShardedStateOptimizer(Optimizer):
         Raises:
             StateDictError: another class, other groups or other shapes; nothing is changed then.
         """
+        state_dict = dict(state_dict)
+        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
         kind = type(self._template)
         keys = ("step", *self._template.moment_keys())
         state.check_state_dict(state_dict, self.param_groups, kind.signature, keys, kind.__name__)
         inner = self._built()
-        super().load_state_dict({"state": {}, "param_groups": state_dict["param_groups"]})
         saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         cut = {
             key: {k: own.cut_copy(v) if k != "step" else v for k, v in found.items()}
@@ -215,17 +291,78 @@ class ShardedStateOptimizer(Optimizer):
             if (found := state_dict["state"].get(key))
         }
         inner.load_state_dict({"state": cut, "param_groups": state_dict["param_groups"]})
+        self._take_options(inner, state_dict["param_groups"])
         self.state = inner.state
         self._consolidated = None
+        for post_hook in list(self._optimizer_load_state_dict_post_hooks.values()):
+            post_hook(self)
 
-    def _groups_state(self) -> dict[str, Any]:
+    def _take_options(self, inner: LayerwiseOptimizer, saved: Sequence[dict[str, Any]]) -> None:
+        """Options as they were loaded, beside this optimizer's own parameters; names too, as torch does."""
+        groups = []
+        for own, theirs, source in zip(self.param_groups, inner.param_groups, saved):
+            group = {name: value for name, value in theirs.items() if name not in ("params", "param_names")}
+            group["params"] = own["params"]
+            names = own.get("param_names", source.get("param_names"))
+            groups.append(group if names is None else {**group, "param_names": list(names)})
+        self.param_groups = groups
+
+    def _groups_state(self) -> list[dict[str, Any]]:
         """``param_groups`` as in a state dict."""
         groups, count = [], 0
         for group in self.param_groups:
             packed = {name: value for name, value in group.items() if name != "params"}
             groups.append({**packed, "params": list(range(count, count + len(group["params"])))})
             count += len(group["params"])
-        return {"param_groups": groups}
+        return groups
+
+    # ---------------------------------------------------------------------------------------------------------- copies
+
+    def _snapshot(self) -> dict[str, Any]:
+        """Everything that a copy of this rank's optimizer needs, but the process group."""
+        if self._inner is not None:
+            self._built()
+        state = [] if self._inner is None else [dict(self._inner.state.get(own.piece, {})) for own in self._slices]
+        return {
+            "defaults": self.defaults,
+            "param_groups": self.param_groups,
+            "begin": (self.optimizer_class, self.bucket_bytes, self._options),
+            "exemptions": self.exemptions,
+            "state_of_slices": state if any(state) else [],
+            "place": (self._rank(), self._ranks()),
+        }
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ShardedStateOptimizer:
+        new = self.__class__.__new__(self.__class__)
+        memo[id(self)] = new
+        new.__setstate__({**copy.deepcopy(self._snapshot(), memo), "process_group": self._group})
+        return new
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self._group is not None and self._group is not dist.group.WORLD:
+            raise ConflictError(
+                f"ShardedStateOptimizer(process_group={self._group}) cannot be pickled: a process group means nothing "
+                "outside this process. Save its state_dict() (after consolidate_state_dict() on all ranks) instead."
+            )
+        return self._snapshot()
+
+    def __setstate__(self, pickled: dict[str, Any]) -> None:
+        optimizer_class, bucket_bytes, options = pickled["begin"]
+        self._begin(optimizer_class, pickled.get("process_group"), bucket_bytes, options)
+        self.exemptions = pickled["exemptions"]
+        super().__setstate__({name: pickled[name] for name in ("defaults", "param_groups")})
+        self.state = defaultdict(dict)
+        place = self._rank(), self._ranks()
+        if not pickled["state_of_slices"]:
+            return
+        if place != pickled["place"]:
+            raise StateDictError(
+                f"This pickled ShardedStateOptimizer holds the part of the state of rank {pickled['place'][0]} of "
+                f"{pickled['place'][1]}; here is rank {place[0]} of {place[1]}. Save its state_dict() (after "
+                "consolidate_state_dict() on all ranks) instead: it continues on any number of ranks."
+            )
+        self._build(place)
+        self.state.update({own.piece: found for own, found in zip(self._slices, pickled["state_of_slices"]) if found})
 
     # -------------------------------------------------------------------------------------------------- what it reports
 

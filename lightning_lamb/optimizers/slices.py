@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_lamb.errors import UnknownShardError
+from lightning_lamb.errors import ConflictError, UnknownShardError
 from lightning_lamb.kernels.statistics import flattened
 from lightning_lamb.sharding.annotate import annotate_slice
 
@@ -23,14 +23,18 @@ class Slice:
         rank: this rank in the group.
         ranks: size of the group.
         group: who holds the other slices.
+        is_named: whether ``name`` is the layer's, and not that of its place in the groups.
 
     Attributes:
         piece: a parameter of this rank's elements, sharing memory with ``parameter``.
         width: elements of the widest slice, ``ceil(elements / ranks)``; the last ranks may have fewer, or none.
     """
 
-    def __init__(self, parameter: Tensor, name: str, rank: int, ranks: int, group: Any | None) -> None:
-        self.parameter, self.name, self.ranks = parameter, name, ranks
+    def __init__(
+        self, parameter: Tensor, name: str, rank: int, ranks: int, group: Any | None, is_named: bool = True
+    ) -> None:
+        self.parameter, self.name, self.rank, self.ranks, self.is_named = parameter, name, rank, ranks, is_named
+        self._shape = parameter.shape
         self.elements = parameter.numel()
         self.width = -(-self.elements // ranks)
         self.start = min(rank * self.width, self.elements)
@@ -42,6 +46,33 @@ class Slice:
             )
         self.piece = nn.Parameter(self.cut(parameter.detach()), requires_grad=parameter.requires_grad)
         annotate_slice(self.piece, name, tuple(parameter.shape), group if ranks > 1 else None, cut=ranks > 1)
+
+    def fits(self, parameter: Tensor, place: tuple[int, int]) -> bool:
+        """Whether this is still the slice of ``parameter``, in its present shape, for (rank, ranks) ``place``."""
+        return self.parameter is parameter and self._shape == parameter.shape and place == (self.rank, self.ranks)
+
+    def recut(self, before: Slice, state: Mapping[str, Any]) -> dict[str, Any]:
+        """This slice's state, from that of the slice of the same parameter before there was a process group.
+
+        Raises:
+            ConflictError: the parameter has another shape by now, or the other ranks' state would be needed.
+        """
+        if before._shape != self._shape or before.ranks != 1:
+            raise ConflictError(
+                f"{self.name}: its state was made for shape {tuple(before._shape)} on {before.ranks} ranks; now it has "
+                f"shape {tuple(self._shape)} on {self.ranks}, and state cannot follow. Build the optimizer anew."
+            )
+        own = slice(self.start, self.stop)
+        return {
+            key: value[own].clone() if isinstance(value, Tensor) and value.shape == before.piece.shape else value
+            for key, value in state.items()
+        }
+
+    def checksum(self) -> int:
+        """The sum of the bit patterns of the whole layer. Reads the host."""
+        flat = self.flat(self.parameter.detach())
+        bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()]
+        return int(flat.view(bits).sum(dtype=torch.int64))
 
     def flat(self, tensor: Tensor) -> Tensor:
         """All elements of a tensor laid out like the parameter, in the parameter's memory order; a view if possible."""
@@ -65,6 +96,11 @@ class Slice:
         self.piece.data = self.cut(self.parameter.detach())
         self.piece.requires_grad_(self.parameter.requires_grad)
         self.piece.grad = None if grad is None else self.cut(grad)
+
+
+def in_one_order(slices: Sequence[Slice]) -> list[Slice]:
+    """The slices in an order that is the same on every rank: by name."""
+    return sorted(slices, key=lambda own: own.name)
 
 
 def in_buckets(slices: Sequence[Slice], limit: int) -> Iterator[list[Slice]]:

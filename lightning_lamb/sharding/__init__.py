@@ -7,6 +7,7 @@ from torch import Tensor
 from lightning_lamb.sharding import dtensor, fsdp1, zero
 from lightning_lamb.sharding.annotate import annotate, annotate_slice, annotation, clean_name, true_name, true_shape
 from lightning_lamb.sharding.dtensor import completed_gradients, is_dtensor, refuse_plain_gradient
+from lightning_lamb.sharding.fsdp2 import annotate_fully_sharded
 from lightning_lamb.sharding.layout import Layer, Locator, Piece, Split
 from lightning_lamb.sharding.norms import GlobalNorm, NormTable, gather_by_name
 from lightning_lamb.sharding.replaced import replacing_module
@@ -20,6 +21,7 @@ __all__ = [
     "Piece",
     "Split",
     "annotate",
+    "annotate_fully_sharded",
     "annotate_slice",
     "annotation",
     "clean_name",

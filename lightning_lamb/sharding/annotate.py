@@ -91,6 +91,11 @@ def annotate_slice(
     _ANNOTATIONS[parameter] = Annotation(name, shape, group if cut else None)
 
 
+def record_name(parameter: Tensor, name: str) -> None:
+    """Records the name of a parameter that shows its own shape."""
+    _ANNOTATIONS[parameter] = Annotation(clean_name(name))
+
+
 def annotation(parameter: Tensor) -> Annotation | None:
     """What `annotate` recorded of ``parameter``, or None."""
     return _ANNOTATIONS.get(parameter)

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_lamb.equations import NormKind, norm_of_statistic, statistic_dtype
+from lightning_lamb.errors import RankDisagreementError
+from lightning_lamb.sharding.agreement import REMEDY, in_one_order
 from lightning_lamb.sharding.layout import Piece, Split
 
 
@@ -37,6 +39,10 @@ class Reduction:
         self.counted = None
         if not all(counted):
             self.counted = torch.tensor(counted, device=device, dtype=statistic_dtype(device))
+        # Two numbers travel with every vector: how many ranks' layers have changed, and how many ranks' have not.
+        dtype = statistic_dtype(device)
+        self._changed = torch.tensor([1.0, 0.0], device=device, dtype=dtype)
+        self._unchanged = torch.tensor([0.0, 1.0], device=device, dtype=dtype)
         # NCCL cannot reduce what CPU offload keeps on the host, so the vector (a few kB) travels there and back.
         self.wire = torch.device("cuda") if device.type == "cpu" and any(map(_is_cuda_only, groups)) else device
 
@@ -66,11 +72,34 @@ class Reduction:
             own = own * self.counted
         return self._reduced(own.sum().reshape(1), dist.ReduceOp.SUM)[0]
 
+    def announce(self, numbers: int, operation: Any) -> bool:
+        """Tells the other ranks, in place of what they expect, that this rank's layers have changed. One collective.
+
+        Args:
+            numbers: the length of the vector that they reduce.
+            operation: with which they do.
+
+        Returns:
+            Whether the layers of all ranks have changed.
+        """
+        nothing = torch.zeros(numbers, device=self._changed.device, dtype=self._changed.dtype)
+        sent = self._sent(torch.cat([nothing, self._changed]), operation)
+        return not float(sent[-1])
+
     def _reduced(self, packed: Tensor, operation: Any) -> Tensor:
-        sent = packed.to(self.wire).contiguous()
+        sent = self._sent(torch.cat([packed.reshape(-1), self._unchanged]), operation)
+        if sent.device.type == "cpu" and float(sent[-2]):  # elsewhere reading it would wait for the device
+            raise RankDisagreementError(
+                f"Since the last step other ranks' layers have changed (frozen, unfrozen, added or given other "
+                f"options), and those of rank {dist.get_rank()} have not; the other ranks name the layer. {REMEDY}"
+            )
+        return sent[:-2].view(packed.shape)
+
+    def _sent(self, vector: Tensor, operation: Any) -> Tensor:
+        sent = vector.to(self.wire)
         for group in self.groups:
             dist.all_reduce(sent, op=operation, group=group)
-        return sent.to(packed.device)
+        return sent.to(vector.device)
 
 
 class NormTable:
@@ -105,7 +134,7 @@ class NormTable:
         """
         rows = torch.stack([weights, updates, active])
         for reduction in self.reductions:
-            kinds = {self._maximum[entry] for entry in reduction.indices} if any(self._maximum) else {False}
+            kinds = self._kinds(reduction)
             if kinds == {False}:
                 reduction.all_reduce(rows, dist.ReduceOp.SUM)
             elif kinds == {True}:
@@ -117,6 +146,17 @@ class NormTable:
                 choose = torch.tensor(self._maximum, device=rows.device)
                 rows = torch.where(choose, maximal, summed)
         return rows[0], rows[1], rows[2]
+
+    def announce(self) -> bool:
+        """See `Reduction.announce`: for every rank that completes this table now."""
+        found = True
+        for reduction in self.reductions:
+            operation = dist.ReduceOp.MAX if self._kinds(reduction) == {True} else dist.ReduceOp.SUM
+            found = found and reduction.announce(3 * len(reduction.indices), operation)
+        return found
+
+    def _kinds(self, reduction: Reduction) -> set[bool]:
+        return {self._maximum[entry] for entry in reduction.indices} if any(self._maximum) else {False}
 
     def norms(self, statistics: Tensor) -> Tensor:
         """(layers,) completed statistics to (layers,) norms."""
@@ -154,6 +194,10 @@ class GlobalNorm:
             total = total + reduction.total(statistics)
         return total
 
+    def announce(self) -> bool:
+        """See `Reduction.announce`: for every rank that completes this norm now."""
+        return all(reduction.announce(1, dist.ReduceOp.SUM) for reduction in self.reductions)
+
 
 def reductions(pieces: Sequence[Piece], device: torch.device) -> list[Reduction]:
     """The all-reduces that complete ``pieces``: one per process group, one per device mesh."""
@@ -170,7 +214,8 @@ def reductions(pieces: Sequence[Piece], device: torch.device) -> list[Reduction]
     for mesh, entries in by_mesh.items():
         splits = [pieces[index].split for index in entries]
         found.append(_mesh_reduction(mesh, [split for split in splits if split], entries, device))
-    return found
+    order = {group: place for place, group in enumerate(in_one_order(reduction.groups[0] for reduction in found))}
+    return sorted(found, key=lambda reduction: order[reduction.groups[0]])
 
 
 def _mesh_reduction(mesh: Any, splits: list[Split], entries: list[int], device: torch.device) -> Reduction:

@@ -42,6 +42,7 @@ class Layout:
         width: of the network.
         data_ranks: ranks that see different samples.
         groups: process groups that hold pieces of layers, hence all-reduces per step.
+        compared: process groups over which the layers are compared, once.
         partial: whether some gradients are partial sums over ranks: one more all-reduce for all of them.
         zero: "ours" or "torch": who shards the optimizer state.
     """
@@ -52,6 +53,7 @@ class Layout:
     width: int = 17
     data_ranks: int = 1
     groups: int = 0
+    compared: int = 0
     partial: bool = False
     zero: str = ""
 
@@ -123,26 +125,26 @@ def fsdp2_tp(net: Net) -> nn.Module:
 
 def _fsdp1(name: str, ranks: int, strategy: ShardingStrategy) -> Layout:
     groups = 0 if strategy is ShardingStrategy.NO_SHARD else 1
-    return Layout(name, ranks, functools.partial(fsdp1, strategy), data_ranks=ranks, groups=groups)
+    return Layout(name, ranks, functools.partial(fsdp1, strategy), data_ranks=ranks, groups=groups, compared=groups)
 
 
 LAYOUTS = [
     Layout("DDP", 2, ddp, data_ranks=2),
     Layout("DDP", 4, ddp, data_ranks=4),
-    Layout("DDP, ShardedStateOptimizer (ZeRO-1)", 2, ddp, data_ranks=2, groups=1, zero="ours"),
-    Layout("DDP, ShardedStateOptimizer (ZeRO-1)", 4, ddp, data_ranks=4, groups=1, zero="ours"),
+    Layout("DDP, ShardedStateOptimizer (ZeRO-1)", 2, ddp, data_ranks=2, groups=1, compared=1, zero="ours"),
+    Layout("DDP, ShardedStateOptimizer (ZeRO-1)", 4, ddp, data_ranks=4, groups=1, compared=1, zero="ours"),
     Layout("DDP, torch ZeroRedundancyOptimizer", 2, ddp, data_ranks=2, zero="torch"),
     _fsdp1("FSDP1 FULL_SHARD", 2, ShardingStrategy.FULL_SHARD),
     _fsdp1("FSDP1 FULL_SHARD", 4, ShardingStrategy.FULL_SHARD),
     _fsdp1("FSDP1 SHARD_GRAD_OP", 2, ShardingStrategy.SHARD_GRAD_OP),
     _fsdp1("FSDP1 NO_SHARD", 2, ShardingStrategy.NO_SHARD),
     _fsdp1("FSDP1 HYBRID_SHARD", 4, ShardingStrategy.HYBRID_SHARD),
-    Layout("FSDP2", 2, functools.partial(fsdp2, 2), data_ranks=2, groups=1),
-    Layout("FSDP2", 4, functools.partial(fsdp2, 4), data_ranks=4, groups=1),
-    Layout("HSDP (FSDP2 on a 2-D mesh)", 4, hsdp, data_ranks=4, groups=1),
-    Layout("tensor parallel", 2, functools.partial(tp, 2), width=18, groups=1, partial=True),
-    Layout("tensor parallel", 4, functools.partial(tp, 4), width=20, groups=1, partial=True),
-    Layout("FSDP2 with tensor parallel", 4, fsdp2_tp, width=20, data_ranks=2, groups=2),
+    Layout("FSDP2", 2, functools.partial(fsdp2, 2), data_ranks=2, groups=1, compared=1),
+    Layout("FSDP2", 4, functools.partial(fsdp2, 4), data_ranks=4, groups=1, compared=1),
+    Layout("HSDP (FSDP2 on a 2-D mesh)", 4, hsdp, data_ranks=4, groups=1, compared=2),
+    Layout("tensor parallel", 2, functools.partial(tp, 2), width=18, groups=1, compared=1, partial=True),
+    Layout("tensor parallel", 4, functools.partial(tp, 4), width=20, groups=1, compared=1, partial=True),
+    Layout("FSDP2 with tensor parallel", 4, fsdp2_tp, width=20, data_ranks=2, groups=2, compared=2),
 ]
 
 

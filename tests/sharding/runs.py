@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -35,6 +36,7 @@ class Case:
         lars: Lars instead of Lamb.
         options: more options of the optimizer, as (name, value).
         blind: break the package: every rank takes its pieces for whole layers.
+        shuffled: every rank has the parameters in another order, and in other groups.
     """
 
     layout: str
@@ -46,11 +48,13 @@ class Case:
     lars: bool = False
     options: tuple[tuple[str, Any], ...] = ()
     blind: bool = False
+    shuffled: bool = False
 
     def __str__(self) -> str:
         words = [self.layout, f"{self.ranks} ranks", self.source, "all layers" if self.alike else "adapted only"]
         words += ["clipped" if self.clip else "unclipped", "bf16-mixed" if self.mixed else "fp32"]
         words += ["Lars"] * self.lars + [f"{name}={value}" for name, value in self.options] + ["blind"] * self.blind
+        words += ["another order on every rank"] * self.shuffled
         return ", ".join(words)
 
     def optimizer_options(self) -> dict[str, Any]:
@@ -134,7 +138,8 @@ def run_case(case: Case) -> Outcome:
     steps = prescribed(laid) if case.source == "prescribed" else itertools.repeat(None, STEPS)
     data = batches()
     for step, gradients in enumerate(steps):
-        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
         optimizer.zero_grad()
         if gradients is None:
             backward(case, laid, *next(data))
@@ -163,7 +168,11 @@ def run_case(case: Case) -> Outcome:
 
 def build_optimizer(case: Case, laid: Laid) -> Any:
     kind: Any = Lars if case.lars else Lamb
-    named = list(laid.parameters.items())
+    named: Any = list(laid.parameters.items())
+    if case.shuffled:
+        random.Random(dist.get_rank()).shuffle(named)
+        cut = 3 + dist.get_rank()
+        named = [{"params": named[:cut]}, {"params": named[cut:]}]
     zero = laid.layout.zero
     if zero == "ours":
         from lightning_lamb.optimizers import ShardedStateOptimizer

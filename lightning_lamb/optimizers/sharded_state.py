@@ -263,8 +263,7 @@ class ShardedStateOptimizer(Optimizer):
         saved = {index: copy.copy(found[id(own)]) for index, own in enumerate(self._slices) if id(own) in found}
         state_dict: dict[str, Any] = {"state": saved, "param_groups": self._groups_state()}
         for post_hook in list(self._optimizer_state_dict_post_hooks.values()):
-            changed = post_hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+            state_dict = post_hook(self, state_dict) or state_dict
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -278,8 +277,7 @@ class ShardedStateOptimizer(Optimizer):
         """
         state_dict = dict(state_dict)
         for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
-            changed = hook(self, state_dict)
-            state_dict = state_dict if changed is None else changed
+            state_dict = hook(self, state_dict) or state_dict
         kind = type(self._template)
         keys = ("step", *self._template.moment_keys())
         state.check_state_dict(state_dict, self.param_groups, kind.signature, keys, kind.__name__)

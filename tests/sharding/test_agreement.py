@@ -53,7 +53,9 @@ def on_four():
 @pytest.mark.parametrize("name", disagreements.ATTEMPTS)
 def test_ranks_that_mean_different_layers_are_all_refused_before_anything_moved(name, ranks, request):
     """Sums of norms do not show what they are of: trust ratios were off by a factor of 70, without a word."""
-    for kind, message, unmoved in [found[name] for found in request.getfixturevalue({2: "on_two", 4: "on_four"}[ranks])]:
+    for kind, message, unmoved in [
+        found[name] for found in request.getfixturevalue({2: "on_two", 4: "on_four"}[ranks])
+    ]:
         assert kind == "RankDisagreementError", message
         assert "on every rank" in message
         assert unmoved

@@ -53,7 +53,11 @@ def build_optimizer(
         options["lr"] = rate.clone()
     if any(isinstance(group, RuledGroup) for group in members):
         defaults = _defaults_of(target, options)
-        members = settle(members, defaults["exempt_1d"]) if "exempt_1d" in defaults else _by_decay(members, defaults)
+        if "exempt_1d" in defaults:
+            members = settle(members, defaults["exempt_1d"])
+        else:
+            _refuse_adapting_rules(rules, target)
+            members = _by_decay(members, defaults)
     built = ShardedStateOptimizer(members, target, **options) if shard_state else target(members, **options)
     return _with_own_rates(built, options.get("lr"))
 
@@ -121,6 +125,17 @@ def _refuse_nothing(members: list[Any], owner: str) -> None:
             f"{owner} has no parameter to train: all are frozen (requires_grad=False), or none exists yet. Unfreeze "
             "some before the optimizer is made (in __init__, setup or configure_model; a fine-tuning callback must "
             "leave some layers trainable), or return None from configure_optimizers to run without an optimizer."
+        )
+
+
+def _refuse_adapting_rules(rules: GroupRules | None, target: Any) -> None:
+    """Raises for rules about trust ratios beside an optimizer that has none."""
+    names = ("no_adapt_names", "no_adapt_types", "no_adapt_1d")
+    said = [name for name in names if rules is not None and getattr(rules, name) not in ([], None)]
+    if said:
+        raise InvalidOptionError(
+            f"{', '.join(said)} of the group rules beside {getattr(target, '__name__', target)}, which has no trust "
+            "ratio: leave it out, or use Lamb or Lars."
         )
 
 

@@ -27,7 +27,13 @@ from lightning_lamb.lightning_seams import (
     is_fitting,
     module_that_knows,
 )
-from lightning_lamb.mixin_attributes import checked_override, note_use, refuse_unknown
+from lightning_lamb.mixin_attributes import (
+    checked_override,
+    note_use,
+    refuse_unknown,
+    refuse_unread_rules,
+    set_attributes,
+)
 from lightning_lamb.optimizers import Lamb, LayerwiseOptimizer
 from lightning_lamb.param_groups import GroupRules, lamb_param_groups
 from lightning_lamb.schedules import StagedWarmup
@@ -131,7 +137,14 @@ class LambMixin:
         trainer = attached_trainer(self)  # type: ignore[arg-type]
         make = self._make_optimizer
         annotate(module_that_knows(trainer, self))  # type: ignore[arg-type]
-        options = {"lr": self.lamb_lr, **options_of_call("lamb_options", self.lamb_options, make)}
+        given = options_of_call("lamb_options", self.lamb_options, make)
+        if "lr" in given and "lamb_lr" in set_attributes(self, LambMixin):
+            raise ConflictError(
+                f"lamb_lr={self.lamb_lr} and lamb_options={{'lr': {given['lr']}}} of {type(self).__name__} both set "
+                "the learning rate: remove one."
+            )
+        options = {"lr": self.lamb_lr, **given}
+        refuse_unread_rules(self, LambMixin)
         optimizer = build_optimizer(
             self.lamb_param_groups(),
             make,

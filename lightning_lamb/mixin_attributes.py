@@ -70,6 +70,11 @@ def refuse_unknown(module: Any, mixin: type) -> None:
             )
 
 
+def set_attributes(module: Any, mixin: type) -> set[str]:
+    """The names of the mixin's attributes that the user set."""
+    return {name for _, name, _ in _explicit(module, mixin) if name in ATTRIBUTES}
+
+
 def _explicit(module: Any, mixin: type) -> Iterator[tuple[type | None, str, Any]]:
     """(class or None for the instance, name, value) of everything that the user called ``lamb_...``."""
     for name, value in vars(module).items():
@@ -171,6 +176,23 @@ def _refuse_unused(module: Any, mixin: type, used: set[str]) -> None:
         raise ConflictError(
             f"{name}={reprlib.repr(value)} of {where} has no effect: {type(module).__name__}.configure_optimizers uses "
             f"neither it nor super().configure_optimizers(). Remove {name}, or use it there."
+        )
+
+
+def refuse_unread_rules(module: Any, mixin: type) -> None:
+    """Raises for group rules beside groups of the user's own, which are not made by them.
+
+    Raises:
+        ConflictError: ``lamb_group_rules`` was set, and an own ``lamb_param_groups`` does not use it.
+    """
+    groups = type(module).lamb_param_groups
+    words = _words(groups)
+    if groups is mixin.lamb_param_groups or "lamb_param_groups" in words:  # type: ignore[attr-defined]
+        return
+    if "lamb_group_rules" in set_attributes(module, mixin) and "lamb_group_rules" not in words:
+        raise ConflictError(
+            f"lamb_group_rules of {type(module).__name__} has no effect: its lamb_param_groups makes the groups "
+            "without it. Remove one of them, or call super().lamb_param_groups()."
         )
 
 

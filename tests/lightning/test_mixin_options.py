@@ -187,6 +187,13 @@ def test_an_optimizer_that_is_not_ours_gets_plain_groups() -> None:
     assert not any({"adapt", "exempt_1d", "param_names"} & set(group) for group in optimizer.param_groups)
 
 
+def test_rules_about_ratios_beside_an_optimizer_without_any_are_refused() -> None:
+    module = Model()
+    module.lamb_optimizer, module.lamb_group_rules = torch.optim.AdamW, GroupRules(no_adapt_names=["net"])
+    with pytest.raises(InvalidOptionError, match="no_adapt_names of the group rules beside AdamW"):
+        fit(module)
+
+
 # ---- layers that come later
 
 

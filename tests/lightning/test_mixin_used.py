@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_lamb import Lamb, LambMixin, LargeBatch, Lars, lamb_param_groups
+from lightning_lamb import GroupRules, Lamb, LambMixin, LargeBatch, Lars, lamb_param_groups
 from lightning_lamb.errors import ConflictError, InvalidOptionError
 from tests.distributed import run_ranks
 from tests.lightning.toys import Batches, Regression, quiet_trainer, regression_data
@@ -218,6 +218,35 @@ def test_an_attribute_that_is_read_somewhere_in_the_class_counts_as_used() -> No
             return self.build()
 
     assert fit(Reads()).optimizers[0].param_groups[0]["lr"] == 0.25
+
+
+def test_rules_beside_own_groups_that_do_not_use_them_are_refused() -> None:
+    class Own(Model):
+        lamb_group_rules = GroupRules(no_decay_names=["net"])
+
+        def lamb_param_groups(self) -> Any:
+            return [{"params": self.named_parameters()}]
+
+    with pytest.raises(ConflictError, match="lamb_group_rules of Own has no effect"):
+        fit(Own())
+
+    class Extended(Own):
+        def lamb_param_groups(self) -> Any:
+            return LambMixin.lamb_param_groups(self)
+
+    assert {group["weight_decay"] for group in fit(Extended()).optimizers[0].param_groups} == {0.0}
+
+
+def test_two_learning_rates_are_refused() -> None:
+    class Both(Model):
+        lamb_lr = 0.5
+        lamb_options = {"lr": 0.25}
+
+    with pytest.raises(ConflictError, match=r"lamb_lr=0.5 and lamb_options=\{'lr': 0.25\} of Both"):
+        fit(Both())
+    only = Model()
+    only.lamb_options = {"lr": 0.25}
+    assert fit(only).optimizers[0].param_groups[0]["lr"] == 0.25
 
 
 def test_an_attribute_of_a_base_behind_the_mixin_is_refused() -> None:

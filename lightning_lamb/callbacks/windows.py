@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_lamb.callbacks.gradients import multiply_gradients
 from lightning_lamb.callbacks.sample_counts import SampleCounter, samples_in
 from lightning_lamb.errors import ConflictError, InvalidOptionError, LightningLambError
-from lightning_lamb.lightning_metric_seams import StepLog, is_logging_step, loss_scale, publish_metric
+from lightning_lamb.lightning_metric_seams import StepLog, logs_are_due, loss_scale, publish_metric
 from lightning_lamb.lightning_rank_seams import largest_over_ranks, sum_over_data_ranks
 from lightning_lamb.lightning_seams import (
     LightningModule,
@@ -185,12 +185,18 @@ class WindowMean:
         self._counts, self._losses = [], []
         if not counts and trainer.world_size == 1:  # every training_step of the window returned None
             return
-        device = device_of(module)
-        total = _total(counts, device)
         # What Lightning and the strategy made of the window is sum(weight * loss) / (accumulation * ranks).
         numerator = float(trainer.accumulate_grad_batches * data_parallel_size(trainer))
         if self.loss_reduction == "mean":
             numerator *= self._reference
+        if trainer.world_size == 1 and self.loss_reduction == "mean" and _are_equal_numbers(counts):
+            self.total = total = counts[0] * len(counts)
+            self._loss = self._mean_of_losses(trainer, losses) if losses and total else None
+            if total != numerator:
+                _multiply(trainer, optimizer, numerator / total if total else 0.0)
+            return
+        device = device_of(module)
+        total = _total(counts, device)
         loss = self._sum_of_losses(trainer, losses, counts, device) if losses else None
         if trainer.world_size > 1:
             numbers = (total, 0.0 if loss is None else loss, 1.0 if self._reported else 0.0)
@@ -215,7 +221,7 @@ class WindowMean:
         if self._loss is None or self._loss_name is None:
             return
         loss, self._loss = self._loss, None
-        if trainer.loggers and is_logging_step(trainer):
+        if logs_are_due(trainer) and trainer.loggers:
             self._log.log(trainer, module, {self._loss_name: loss})
         publish_metric(trainer, self._loss_name, loss)
 
@@ -225,17 +231,23 @@ class WindowMean:
         """The losses of everything in the window added up, a 0-dim tensor; nothing is read on the host."""
         values = torch.stack([loss.reshape(()) for loss in losses]).to(device, _exact(device))
         if self.loss_reduction == "mean":
-            if any(isinstance(count, Tensor) for count in counts):
-                weights = _vector(counts, device)
-                values = torch.where(weights > 0, values * weights, 0.0)
-            elif counts.count(counts[0]) == len(counts):
+            if _are_equal_numbers(counts):
                 values = values * counts[0]
             else:
-                values = values * _vector(counts, device)
+                weights = _vector(counts, device)
+                values = torch.where(weights > 0, values * weights, 0.0)
         # Lightning has divided by the accumulation, and a GradScaler has multiplied.
         scale = loss_scale(trainer)
         total = values.sum() * trainer.accumulate_grad_batches
         return total if scale is None else total / scale.to(device)
+
+    def _mean_of_losses(self, trainer: Trainer, losses: list[Tensor]) -> Tensor:
+        """The same, divided by the count, where all micro-batches count the same: in as few operations as possible."""
+        mean = torch.stack(losses).mean(dtype=torch.float32) if len(losses) > 1 else losses[0].reshape(()).float()
+        if trainer.accumulate_grad_batches > 1:
+            mean = mean * trainer.accumulate_grad_batches
+        scale = loss_scale(trainer)
+        return mean if scale is None else mean / scale.to(mean.device)
 
     def _check_reports(self, trainer: Trainer, module: LightningModule, ranks_that_report: Tensor) -> None:
         """Refuses that only some ranks report, in the first window: later ones are not read on the host."""
@@ -267,6 +279,11 @@ _SOME_REPORT = (
     "{module}.training_step called report_count for some {which} and not for others: tokens and samples would be added "
     "up. Call it in every training_step, or in none."
 )
+
+
+def _are_equal_numbers(counts: Sequence[float | Tensor]) -> bool:
+    first = counts[0] if counts else 0.0
+    return bool(counts) and all(not isinstance(count, Tensor) and count == first for count in counts)
 
 
 def _exact(device: torch.device) -> torch.dtype:

@@ -86,6 +86,15 @@ def test_the_sharded_benchmark_runs_and_its_page_is_what_its_json_says(tmp_path:
     assert (ROOT / "docs" / "sharded_benchmarks.md").read_text() == sharded_report.page(results)
 
 
+def test_the_cost_of_the_callbacks_is_measured_beside_lightning_alone(tmp_path: Path):
+    options = ["--rounds", "1", "--steps", "4", "--accumulation", "2", "--markdown", str(tmp_path / "c.md")]
+    run(str(BENCHMARKS / "callback_cost.py"), *options)
+    page = (tmp_path / "c.md").read_text()
+    rows = re.findall(r"^\| (.+?) \| [\d.]+ \| \*\*([\d.]+)", page, flags=re.MULTILINE)
+    assert rows[0] == ("Lightning alone", "1.000")
+    assert {"LargeBatch", "TrustRatioMonitor"} <= {name for name, _ in rows}
+
+
 def test_sharded_training_drifts_as_the_figure_shows(tmp_path: Path):
     """On 2 ranks and few steps: ours by rounding only, an optimizer that is not aware of FSDP1's pieces by far more."""
     script = str(ROOT / "examples" / "figures" / "sharded_error.py")

@@ -84,15 +84,21 @@ def combines_in_turn(trainer: Trainer) -> bool:
     return mode == "sequential"
 
 
-def steps_ahead(trainer: Trainer) -> int:
-    """How many optimizer steps an optimizer that is made now will take: in a further ``fit``, those that are left.
+def steps_before(trainer: Trainer) -> int:
+    """Optimizer steps of earlier fits of this Trainer, which an optimizer that is made now does not take.
 
     A checkpoint brings the steps before it, and counts them in the schedule. Reads ``_loaded_checkpoint``.
+    """
+    resumes = trainer._checkpoint_connector._loaded_checkpoint or trainer.strategy.restore_checkpoint_after_setup
+    return 0 if resumes else trainer.global_step
+
+
+def steps_ahead(trainer: Trainer) -> int:
+    """How many optimizer steps an optimizer that is made now will take: in a further ``fit``, those that are left.
 
     Raises:
         PlanError: see `total_optimizer_steps`.
     """
     total = total_optimizer_steps(trainer)
-    resumes = trainer._checkpoint_connector._loaded_checkpoint or trainer.strategy.restore_checkpoint_after_setup
-    left = total - trainer.global_step
-    return left if left > 0 and not resumes else total
+    left = total - steps_before(trainer)
+    return left if left > 0 else total

@@ -22,12 +22,13 @@ from lightning_lamb.callbacks.conflicts import (
 )
 from lightning_lamb.callbacks.exact_resume import ExactResume
 from lightning_lamb.callbacks.live_parameters import LiveParameters
-from lightning_lamb.callbacks.plan_change import length_from, plan_differences, refuse_changed_plan
+from lightning_lamb.callbacks.plan_change import plan_differences, refuse_changed_plan
 from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
 from lightning_lamb.callbacks.promised_rates import PromisedRates
 from lightning_lamb.callbacks.state_names import name_optimizer_states
+from lightning_lamb.callbacks.step_clock import StepClock
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
 from lightning_lamb.callbacks.windows import WindowMean
 from lightning_lamb.checks import one_of, whole_number
@@ -42,6 +43,7 @@ from lightning_lamb.lightning_seams import (
     inner_optimizer,
     is_deepspeed,
     is_fitting,
+    limit_training,
     module_that_knows,
     rank_zero_info,
     strategy_accumulates,
@@ -151,6 +153,7 @@ class LargeBatch(Callback):
         self._position: Position | None = None
         self._promise = Promise(check)
         self._rates = PromisedRates(self._promise)
+        self._clock = StepClock()
 
     # ---- before the optimizers exist
 
@@ -162,6 +165,8 @@ class LargeBatch(Callback):
         refuse_finder(trainer, sets_rates=self._batch.stage_options is not None or self.rules.asks_about_rates)
         self._promise.begin()
         self._rates = PromisedRates(self._promise)
+        self._clock.forget()
+        self._clock = StepClock()
         self._batch.begin(trainer)
         self._rewarm_at, self._position = None, None
         self._before = LiveParameters(pl_module)
@@ -199,19 +204,20 @@ class LargeBatch(Callback):
         """Logs the window's loss, and ends the epoch where a stage ends: the next one has data of its own."""
         if self._window is not None:
             self._window.publish(trainer, pl_module)
-        if self.plan is not None and self.plan.at(trainer.global_step) != self.stage:
+        self._clock.end_micro_batch(trainer, None if self.plan is None else self.plan.total_steps)
+        if self.plan is not None and self.plan.at(self._clock.steps(trainer)) != self.stage:
             end_epoch(trainer)
         self._resume.end_micro_batch(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enters the next stage where one ended."""
-        if self.plan is None or self.plan.at(trainer.global_step) == self.stage:
+        if self.plan is None or self.plan.at(self._clock.steps(trainer)) == self.stage:
             return
-        self._enter_stage(trainer, self.plan.at(trainer.global_step))
+        self._enter_stage(trainer, self.plan.at(self._clock.steps(trainer)))
         stage = self.plan.stages[self.stage]
         stage_switch.reload_data(trainer, stage)
         text = describe_batch(self._batch.batches[self.stage]) + "".join(f", {n}={v}" for n, v in stage.data.items())
-        rank_zero_info(f"LargeBatch: step {trainer.global_step}, stage {self.stage + 1}: {text}")
+        rank_zero_info(f"LargeBatch: step {self._clock.steps(trainer)}, stage {self.stage + 1}: {text}")
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks and takes over the data of an epoch that begins."""
@@ -230,6 +236,7 @@ class LargeBatch(Callback):
             if rebound:
                 rank_zero_info(f"LargeBatch: pointed the optimizer at {rebound} parameters that the strategy replaced.")
         refuse_double_clipping(trainer, optimizers)
+        self._clock.follow(optimizers)
 
         schedule.set_interval(trainer, pl_module, self.scheduler_interval)
         self._batch.derived = derived = self._rates.announce(
@@ -267,7 +274,10 @@ class LargeBatch(Callback):
             return
         refuse_hybrid_resume(trainer.strategy)
         saved = checkpoint.get("callbacks", {}).get(self.state_key)
-        step = int(checkpoint["global_step"])
+        self._clock.skipped = int((saved or {}).get("skipped_steps", 0))
+        step = int(checkpoint["global_step"]) - self._clock.skipped
+        if self.plan is not None and self._clock.skipped:
+            limit_training(trainer, self.plan.total_steps + self._clock.skipped)
         differences = [] if saved is None else plan_differences(self.rules, self.plan, saved)
         if self.on_plan_change == "error":
             refuse_changed_plan(differences, self.plan)
@@ -311,14 +321,17 @@ class LargeBatch(Callback):
         """Notes the learning rates, for another ``fit`` with the same optimizer."""
         if stage == "fit":
             self._rates.note()
+            self._clock.forget()
+            if self.plan is not None and self._clock.skipped:
+                limit_training(trainer, self.plan.total_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the plan against the data that was loaded, before the first micro-batch."""
         self._batch.derive(trainer, pl_module)
         self._batch.check(trainer)
-        total = None if self._position is None else length_from(trainer, trainer.global_step, self._position)
-        rewarm = self._rewarm_at, self.rewarm_steps
-        self._rewarm_at = self._rates.resume(trainer, self.on_plan_change, self.plan, total, rewarm)
+        self._clock.start(trainer)
+        rewarm = self.on_plan_change, self._rewarm_at, self.rewarm_steps
+        self._rewarm_at = self._rates.resume(trainer, self._clock, self.plan, self._position, rewarm)
         self._resume.start(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -331,6 +344,7 @@ class LargeBatch(Callback):
             **dataclasses.asdict(self.derived),
             "learning_rates": list(self.derived.learning_rates),
             "rewarm_at": self._rewarm_at,
+            "skipped_steps": self._clock.skipped,
         }
 
     # ---- one window

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
@@ -21,10 +22,13 @@ from lightning_lamb.callbacks.learning_rate import (
     peak_rates,
 )
 from lightning_lamb.callbacks.plan_change import length_from, refuse_changed_plan, warm_up_again
+from lightning_lamb.callbacks.position import Position
 from lightning_lamb.callbacks.promise import Promise
 from lightning_lamb.callbacks.scheduler_scaling import refuse_unscalable
+from lightning_lamb.callbacks.step_clock import StepClock
 from lightning_lamb.callbacks.summary import DerivedBatch
 from lightning_lamb.errors import PlanError
+from lightning_lamb.lightning_data_seams import steps_before
 from lightning_lamb.lightning_scheduler_seams import rate_finder
 from lightning_lamb.lightning_seams import (
     Trainer,
@@ -56,6 +60,7 @@ class PromisedRates:
         self._schedulers: list[Any] = []
         self._optimizer: Optimizer | None = None
         self._in_checkpoint: tuple[tuple[float, ...], int] | None = None
+        self._steps_before = 0
 
     # ---- before training
 
@@ -78,6 +83,7 @@ class PromisedRates:
             ConflictError: no optimizer, a scheduler that cannot be scaled, or a LearningRateFinder beside a scheduler.
         """
         stages = None if plan is None else plan.schedule()
+        self._steps_before = steps_before(trainer)
         optimizers = [inner_optimizer(optimizer) for optimizer in trainer.optimizers]
         refuse_no_optimizer(trainer, optimizers, needed=stages is not None or rules.asks_about_rates)
         schedulers = schedule.schedulers_of(trainer)
@@ -162,36 +168,48 @@ class PromisedRates:
     def resume(
         self,
         trainer: Trainer,
-        on_plan_change: Literal["error", "adopt", "rewarm"],
+        clock: StepClock,
         plan: StagedBatches | None,
-        total: int | None,
-        rewarm: tuple[int | None, int | None],
+        position: Position | None,
+        rewarm: tuple[Literal["error", "adopt", "rewarm"], int | None, int | None],
     ) -> int | None:
         """Makes what a checkpoint restored train with the announced rates, or refuses it.
 
         Args:
             trainer: after the checkpoint was restored, or without one.
-            on_plan_change: LargeBatch's.
-            plan: its stages, for messages.
-            total: optimizer steps of the training, where another batch was trained with before; None: the Trainer's.
-            rewarm: at which optimizer step the rate warms up again, if at one already, and in how many steps.
+            clock: tells the steps that were really taken.
+            plan: LargeBatch's stages.
+            position: in the data, of a checkpoint that LargeBatch made.
+            rewarm: LargeBatch's on_plan_change, at which optimizer step the rate warms up again, if at one already, and
+                in how many steps.
 
         Returns:
             At which optimizer step the rate warms up again, if at one.
 
         Raises:
             PlanError: other rates, and ``on_plan_change="error"``.
+            PromiseError: a schedule of another length than the training.
         """
-        step, (at, ramp) = trainer.global_step, rewarm
+        step, (on_plan_change, at, ramp) = clock.steps(trainer), rewarm
         if differences := self.differences():
             if on_plan_change == "error":
                 refuse_changed_plan(differences, plan)
             self.adopt(step)
             at = step if on_plan_change == "rewarm" and at is None else at
         if at is not None:
-            warm_up_again(trainer, at, length_from(trainer, step, None) if total is None else total, ramp)
-        self.check_length(trainer, total)
+            warm_up_again(trainer, at, self._length(trainer, plan, position), ramp)
+        if not trainer.fast_dev_run and self._promise.check != "off":  # type: ignore[attr-defined]
+            with contextlib.suppress(PlanError):  # without end: there is nothing to compare
+                self._check_length(trainer, self._length(trainer, plan, position))
         return at
+
+    def _length(self, trainer: Trainer, plan: StagedBatches | None, position: Position | None) -> int:
+        """Optimizer steps of the training, by the stages, by what was trained with another batch before, or in all."""
+        if plan is not None:
+            return plan.total_steps
+        if position is not None:
+            return length_from(trainer, trainer.global_step, position)
+        return total_optimizer_steps(trainer) - self._steps_before
 
     def _restored_rates(self) -> list[float]:
         """The peak rates that the checkpoint was trained with: as it says, or as they lie in the groups."""
@@ -204,20 +222,13 @@ class PromisedRates:
 
     # ---- in training
 
-    def check_length(self, trainer: Trainer, total: int | None) -> None:
+    def _check_length(self, trainer: Trainer, total: int) -> None:
         """Compares the schedulers that know their length with the training's, before its first step.
 
         Args:
             trainer: after its data was loaded.
-            total: optimizer steps of the training, where LargeBatch knows them; None: the Trainer's.
+            total: optimizer steps of the training.
         """
-        if trainer.fast_dev_run or self._promise.check == "off":  # type: ignore[attr-defined]
-            return
-        if total is None:
-            try:
-                total = total_optimizer_steps(trainer)
-            except PlanError:  # without end: there is nothing to compare
-                return
         for config in scheduler_configs(trainer):
             length = getattr(config.scheduler, "total_steps", None)
             if not isinstance(config.scheduler, (OneCycleLR, StagedWarmup)) or length is None or config.frequency != 1:

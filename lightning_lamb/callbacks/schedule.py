@@ -7,13 +7,13 @@ from typing import Any, Literal
 
 from lightning_lamb.batch_rules import BatchRules
 from lightning_lamb.errors import ConflictError
+from lightning_lamb.lightning_data_seams import steps_ahead
 from lightning_lamb.lightning_scheduler_seams import made_by_stock_cli
 from lightning_lamb.lightning_seams import (
     LightningModule,
     Trainer,
     add_step_scheduler,
     scheduler_configs,
-    total_optimizer_steps,
 )
 from lightning_lamb.schedules import Stage, StagedWarmup
 from lightning_lamb.stages import total_steps_of
@@ -73,7 +73,7 @@ def fill_total_steps(trainer: Trainer) -> None:
     """
     staged = staged_warmup_of(trainer)
     if staged is not None and staged.total_steps is None:
-        staged.set_total_steps(total_optimizer_steps(trainer))
+        staged.set_total_steps(steps_ahead(trainer))
 
 
 def set_warmup(trainer: Trainer, warmup_steps: int, total_steps: int, **options: Any) -> None:
@@ -165,7 +165,7 @@ def complete(
     if not needs_total(trainer, rules.asks_for_warmup):
         staged = staged_warmup_of(trainer)
         return (None if staged is None else staged.total_steps), None
-    total = total_optimizer_steps(trainer)
+    total = steps_ahead(trainer)
     if not rules.asks_for_warmup:
         fill_total_steps(trainer)
         return total, None

@@ -9,7 +9,14 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from lightning_lamb.lightning_seams import Trainer, load_train_data, pl, total_optimizer_steps, train_data_source
+from lightning_lamb.lightning_seams import (
+    Trainer,
+    drop_train_data_before_resume,
+    load_train_data,
+    pl,
+    total_optimizer_steps,
+    train_data_source,
+)
 
 
 def after_setup(trainer: Trainer, act: Callable[[], object]) -> Callable[[], None]:
@@ -96,9 +103,13 @@ def steps_before(trainer: Trainer) -> int:
 def steps_ahead(trainer: Trainer) -> int:
     """How many optimizer steps an optimizer that is made now will take: in a further ``fit``, those that are left.
 
+    Call it before a checkpoint is restored: dataloaders that had to be made to know are forgotten then, because they
+    would not get their position back.
+
     Raises:
         PlanError: see `total_optimizer_steps`.
     """
     total = total_optimizer_steps(trainer)
+    drop_train_data_before_resume(trainer)
     left = total - steps_before(trainer)
     return left if left > 0 else total

@@ -301,9 +301,14 @@ class StagedWarmup(LRScheduler):
         if self.on_plan_change == "adopt":
             return
         difference = plan_difference(old, new, old_name=old_name, new_name=new_name)
+        again = "Make the two equal again"
+        if not self._given_stages and len(old) == len(new) == 1:  # this user never wrote a stage
+            difference = difference.replace("stages[0].steps:", "total_steps:").replace("stages[0].", "")
+            again += " (total_steps is the training's length: max_steps, or max_epochs, the data and the batch)"
         raise PlanError(
-            f"The learning-rate plan changed; nothing was loaded or overwritten:\n{difference}\nMake the two equal "
-            'again, or pass on_plan_change="adopt" to keep the step count and follow the new plan from there.'
+            f"The learning-rate plan changed; nothing was loaded or overwritten:\n{difference}\n{again}, or pass "
+            'on_plan_change="adopt" (to StagedWarmup, lamb_schedule or LargeBatch) to keep the step count and follow '
+            "the new plan from there."
         )
 
 

@@ -82,7 +82,14 @@ def test_the_usual_loop_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer = sgd()
-        run(optimizer, StagedWarmup(optimizer, STAGES), 12)
+        run(optimizer, StagedWarmup(optimizer, STAGES), 10)
+
+
+def test_a_schedule_that_is_over_before_the_training_says_so_once():
+    optimizer = sgd()
+    with pytest.warns(UserWarning, match=r"StagedWarmup ends after 10 optimizer steps.* stays at 0 x") as told:
+        run(optimizer, StagedWarmup(optimizer, STAGES), 13)
+    assert sum("StagedWarmup ends" in str(one.message) for one in told) == 1
 
 
 @pytest.mark.parametrize("last_epoch", range(-1, 9))
@@ -131,8 +138,8 @@ def test_the_length_may_be_set_twice_but_not_changed():
     scheduler.set_total_steps(10)
     with pytest.raises(PlanError) as error:
         scheduler.set_total_steps(12)
-    assert "stages[0].steps: 10 in the scheduler, 12 in set_total_steps" in str(error.value)
-    assert "stages[0].warmup_steps: 5 in the scheduler, 6 in set_total_steps" in str(error.value)
+    assert "\ntotal_steps: 10 in the scheduler, 12 in set_total_steps" in str(error.value)
+    assert "\nwarmup_steps: 5 in the scheduler, 6 in set_total_steps" in str(error.value)
     assert scheduler.total_steps == 10
 
 

@@ -64,7 +64,7 @@ def ranks_of(group: Any) -> tuple[int, ...]:
     return tuple(dist.get_process_group_ranks(group))
 
 
-def compare(entries: Sequence[Entry], group: Any, device: torch.device) -> None:
+def compare(entries: Sequence[Entry], group: Any, device: torch.device, remedy: str = REMEDY) -> None:
     """Compares what the ranks of a group say of their layers.
 
     Communication: one all-reduce of two numbers, which the host reads; on a difference also one gather of objects.
@@ -73,6 +73,7 @@ def compare(entries: Sequence[Entry], group: Any, device: torch.device) -> None:
         entries: of the layers that these ranks share, in the order in which their norms will travel.
         group: the process group.
         device: of the layers.
+        remedy: what the message says to do.
 
     Raises:
         RankDisagreementError: on all ranks of the group, if they differ.
@@ -86,7 +87,7 @@ def compare(entries: Sequence[Entry], group: Any, device: torch.device) -> None:
         return
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, list(entries), group=group)
-    raise RankDisagreementError(_message(everyone, dist.get_process_group_ranks(group)))
+    raise RankDisagreementError(f"{_message(everyone, ranks_of(group))} {remedy}")
 
 
 def first_difference(one: Sequence[Entry], other: Sequence[Entry]) -> tuple[str, str, str]:
@@ -118,7 +119,7 @@ def _message(everyone: Sequence[Sequence[Entry]], ranks: Sequence[int]) -> str:
     return (
         f"{name}: ranks disagree about the layers that they share. On rank {ranks[own]} (of {len(everyone[own])} "
         f"layers) {here}; on rank {ranks[other]} (of {len(everyone[other])}) {there}. Norms of different layers would "
-        f"be added up. {REMEDY}"
+        "be added up."
     )
 
 

@@ -30,10 +30,16 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lightning_lamb.errors import ConflictError, UnknownShardError
+from lightning_lamb.sharding.agreement import Entry, compare
 from lightning_lamb.sharding.layout import Layer, Piece, Split
 from lightning_lamb.sharding.norms import NormTable
 
 Named = Sequence[tuple[str, Tensor]]
+
+IN_ONE_ORDER = (
+    "DeepSpeed gathers weights in their order: give the optimizer the same layers in the same order on every rank; "
+    "build groups from lists, not from sets, whose order is another in every process."
+)
 
 
 @dataclass(frozen=True)
@@ -102,9 +108,11 @@ def is_partitioned(parameter: Tensor) -> bool:
 def locate(parameter: Tensor, name: str) -> list[Piece] | None:
     """The pieces in an adopted tensor, every layer of it on every rank; None for anything else.
 
-    Communication: at the first call for a tensor, one all-reduce of two numbers per layer; the host reads it.
+    Communication: at the first call for a tensor, one all-reduce of two numbers to compare the layers with those of the
+    other ranks, and one of two numbers per layer; the host reads them.
 
     Raises:
+        RankDisagreementError: ranks were given other layers, or the same in another order.
         UnknownShardError: a layout that is not one of those above, or that fails the check; on all ranks.
         ConflictError: a set-up in which the ranks of a group do not step together.
     """
@@ -157,6 +165,9 @@ def _pieces(flat: Tensor, group: Named, everyone: Named, name: str) -> list[Piec
     except (AttributeError, KeyError, IndexError, StopIteration, TypeError, ValueError) as error:
         raise UnknownShardError(_unknown(flat, name, f"{type(error).__name__}: {error}")) from error
     split = Split(group=ranks) if dist.get_world_size(ranks) > 1 else None
+    if split is not None:
+        entries = [Entry(fragment.layer.name, (("shape", str(fragment.layer.shape)),)) for fragment in fragments]
+        compare(entries, ranks, flat.device, IN_ONE_ORDER)
     pieces = [Piece(fragment.layer, fragment.segment, split) for fragment in fragments]
     _check(flat, fragments, pieces, name)
     return pieces

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -38,7 +39,10 @@ def refusal(case: str, stage: int) -> str:
         config["gradient_clipping"] = 1.0
     if case == "capturable":
         options["capturable"] = True
-    optimizer = Lamb(named(model), lr=LR, **options)
+    layers = named(model)
+    if case == "another order" and os.environ["RANK"] == "1":
+        layers.reverse()
+    optimizer = Lamb(layers, lr=LR, **options)
     victim = model.layers["fc"].w
     try:
         engine = made_engine(model, config, optimizer=optimizer)
@@ -103,6 +107,8 @@ CASES = [
     ("changed weight", 3, ("UnknownShardError", "fc: on 1 rank")),
     ("unknown table", 3, ("UnknownShardError", "DeepSpeed 0.", "grad_position")),
     ("unknown buffer", 2, ("UnknownShardError", "2 buffers instead of one")),
+    ("another order", 1, ("RankDisagreementError", "at this place", "same order on every rank")),
+    ("another order", 2, ("RankDisagreementError", "at this place", "same order on every rank")),
     ("missing elements", 3, ("UnknownShardError", "the ranks hold 1018 elements of fc, which has 1020")),
 ]
 

@@ -1,4 +1,4 @@
-"""ShardedStateOptimizer is a torch optimizer like others: hooks, state dicts, copies, layers that come, go or freeze."""
+"""ShardedStateOptimizer is a torch optimizer like others: hooks, state dicts, copies, layers that come and go."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_a_process_group_that_came_after_the_state_divides_it(monkeypatch):
         width = -(-len(whole[index]) // 2)
         assert torch.equal(found["exp_avg"], whole[index][width:])
     monkeypatch.setattr(ShardedStateOptimizer, "_ranks", lambda self: 3)
-    with pytest.raises(ConflictError, match="first.*2 ranks"):
+    with pytest.raises(ConflictError, match=r"first.*2 ranks"):
         optimizer._built()
 
 
@@ -259,5 +259,5 @@ def test_frozen_unfrozen_and_idle_layers_end_as_in_the_unsharded_optimizer_on_al
         assert found["equal"]
         assert found["copied"]
         assert "process group means nothing" in found["refused"]
-        with pytest.raises(StateDictError, match="of 2; here is rank 0 of 1.*state_dict"):
+        with pytest.raises(StateDictError, match=r"of 2; here is rank 0 of 1.*state_dict"):
             pickle.loads(found["pickled"])

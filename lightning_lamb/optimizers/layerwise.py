@@ -313,6 +313,9 @@ class LayerwiseOptimizer(Optimizer):
         state.restore_steps(self.state)
         self._reset()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "exemptions": self.exemptions}
+
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)
         self._reset()

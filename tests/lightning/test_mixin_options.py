@@ -33,7 +33,8 @@ def fit(module: Any, **options: Any) -> Any:
 def effect(optimizer: Any) -> dict[str, tuple[float, bool]]:
     """Name -> (weight decay, whether it has a trust ratio), as the optimizer really steps."""
     slots = optimizer.plan().slots
-    return {slot.piece.layer.name: (slot.weight_decay, slot.adapt) for slot in slots}
+    decays = [0.0 if slot.exempt else optimizer.param_groups[slot.group]["weight_decay"] for slot in slots]
+    return {slot.piece.layer.name: (decay, slot.adapt) for slot, decay in zip(slots, decays)}
 
 
 SAID: list[tuple[Any, dict[str, Any]]] = [

@@ -134,7 +134,8 @@ class LargeBatch(Callback):
         self.rules = BatchRules.of(*given, recipe) if self.stage_options is None else self.stage_options.rules
         one_size = micro_batch_size if self.stage_options is None else None
         micro = None if one_size is None else whole_number("micro_batch_size", one_size)
-        self._batch = PresentBatch(self.rules, self.stage_options, micro)
+        settings = {"exact_windows": exact_windows, "loss_reduction": loss_reduction}
+        self._batch = PresentBatch(self.rules, self.stage_options, micro, **settings)
         if rewarm_steps is not None and on_plan_change != "rewarm":
             raise InvalidOptionError(f'rewarm_steps={rewarm_steps} has no effect without on_plan_change="rewarm".')
         self.rewarm_steps = None if rewarm_steps is None else whole_number("rewarm_steps", rewarm_steps)
@@ -328,7 +329,7 @@ class LargeBatch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the plan against the data that was loaded, before the first micro-batch."""
         self._batch.derive(trainer, pl_module)
-        self._batch.check(trainer)
+        self._batch.check_all_ranks(trainer)
         self._clock.start(trainer)
         rewarm = self.on_plan_change, self._rewarm_at, self.rewarm_steps
         self._rewarm_at = self._rates.resume(trainer, self._clock, self.plan, self._position, rewarm)

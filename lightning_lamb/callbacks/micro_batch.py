@@ -6,7 +6,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_lamb.callbacks.summary import DerivedBatch
 from lightning_lamb.errors import BatchSizeError
 from lightning_lamb.lightning_data_seams import combines_in_turn, loaders_in_sight, make_train_loaders
 from lightning_lamb.lightning_seams import Trainer, train_data_source
@@ -39,13 +38,25 @@ def declared_micro_batch(trainer: Trainer) -> int | None:
     return size
 
 
-def micro_batch_of_loaders(trainer: Trainer) -> int:
-    """The micro-batch of the training dataloaders, which are made for it if they do not exist yet.
+def told_micro_batch(trainer: Trainer, *, make_loaders: bool) -> int | None:
+    """The micro-batch as the data tells it: declared, or that of the training dataloaders.
+
+    Args:
+        trainer: after every ``setup``.
+        make_loaders: make dataloaders for it, where they do not exist yet; on every rank, because Lightning waits.
+
+    Returns:
+        None if the dataloaders would tell and are not made.
 
     Raises:
         BatchSizeError: they do not tell, or they differ.
     """
+    declared = declared_micro_batch(trainer)
+    if declared is not None:
+        return declared
     loaders = loaders_in_sight(trainer)
+    if loaders is None and not make_loaders:
+        return None
     sizes = [loader_batch_size(loader) for loader in (make_train_loaders(trainer) if loaders is None else loaders)]
     known = [size for size in sizes if size is not None]
     if len(known) == len(sizes) and len(set(known)) == 1:
@@ -109,25 +120,6 @@ def refuse_changed_loader(trainer: Trainer, micro_batch_size: int) -> None:
             f"{known[0] if len(known) == 1 else known}, and those before gave {micro_batch_size} "
             f"(Trainer(reload_dataloaders_every_n_epochs={every})): LargeBatch accumulates for one micro-batch size. "
             "Keep it, or let the batch change at exact steps: LargeBatch(stages=[...]), each with its micro_batch_size."
-        )
-
-
-def refuse_short_epoch(batches: float, derived: DerivedBatch) -> None:
-    """Compares a window with the epoch.
-
-    Args:
-        batches: micro-batches per epoch and rank.
-        derived: the batch that was planned.
-
-    Raises:
-        BatchSizeError: the window is longer.
-    """
-    if batches < derived.accumulate_grad_batches:
-        largest = int(batches) * derived.micro_batch_size * derived.data_parallel_size
-        raise BatchSizeError(
-            f"global_batch_size={derived.global_batch_size} needs {derived.accumulate_grad_batches} micro-batches per "
-            f"optimizer step, but an epoch has {batches} per rank: a step would end with the epoch, on fewer samples. "
-            f"Use a global batch of at most {largest}, or more data per epoch (limit_train_batches cuts it too)."
         )
 
 

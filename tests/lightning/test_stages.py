@@ -192,6 +192,19 @@ def test_a_stage_that_does_not_divide_names_the_nearest_batch() -> None:
     refused(BatchSizeError, r"stages\[1\]: global_batch_size=9.*8 or 10(?s:.*)in all 7 optimizer steps", stages=stages)
 
 
+def test_a_later_stage_that_needs_more_samples_than_there_are_is_refused_at_once() -> None:
+    """It was found when that stage began, hundreds of steps later."""
+    stages = [{"steps": 100, "global_batch_size": 8}, {"steps": 2, "global_batch_size": 32}]
+    refused(BatchSizeError, r"stages\[1\]: global_batch_size=32 needs 32.*epoch has 20(?s:.*)in all 102", stages=stages)
+    for one, two in ((4, 2), (2, 8)):  # 20 samples are 10 or 3 of them
+        changing = [{**stages[0], "micro_batch_size": one}, {**stages[1], "micro_batch_size": two}]
+        refused(BatchSizeError, rf"stages\[1\]: .* needs {32 // two}", stages=changing)
+    loader = DataLoader(Noisy(3, False), 2)
+    with pytest.raises(BatchSizeError, match=r"micro-batches of \[2, 1\], but fit was given a DataLoader"):
+        plain = [{name: value for name, value in stage.items() if name != "data"} for stage in STAGES]
+        quiet_trainer(callbacks=[LargeBatch(stages=plain)]).fit(Staged(), loader)
+
+
 def test_a_data_module_without_the_option_is_refused_with_what_it_has() -> None:
     stages = [STAGES[0], {**STAGES[1], "data": {"lenght": 5}}]
     refused(InvalidOptionError, r"stages\[1\]\.data: StagedData has no .*'lenght'.*batch_size, length", stages=stages)

@@ -42,6 +42,11 @@ def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation
             "with manual optimization the module decides itself when to step. Remove LargeBatch and accumulate in "
             "training_step (lightning_lamb.scaling.accumulate_grad_batches tells how often), or switch to automatic."
         )
+    if trainer.limit_train_batches == 0:
+        raise ConflictError(
+            "Trainer(limit_train_batches=0) trains on nothing: LargeBatch has no window to announce. Remove it "
+            "for such a run, or allow at least one batch."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name, (what, remedy) in DECIDES_TOO.items():
             if any(kind.__name__ == name for kind in type(callback).__mro__):

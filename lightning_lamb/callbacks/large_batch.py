@@ -27,6 +27,7 @@ from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
 from lightning_lamb.callbacks.promised_rates import PromisedRates
+from lightning_lamb.callbacks.promised_samples import PromisedSamples
 from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.step_clock import StepClock
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
@@ -155,6 +156,7 @@ class LargeBatch(Callback):
         self._promise = Promise(check)
         self._rates = PromisedRates(self._promise)
         self._clock = StepClock()
+        self._samples = PromisedSamples(self._promise)
 
     # ---- before the optimizers exist
 
@@ -223,6 +225,7 @@ class LargeBatch(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks and takes over the data of an epoch that begins."""
         self._batch.check(trainer)
+        self._samples.begin()
         self._resume.take_loaders(trainer)
 
     # ---- between the optimizers and the checkpoint
@@ -355,6 +358,8 @@ class LargeBatch(Callback):
         self._resume.begin_micro_batch(trainer)
         if self._window is not None:
             self._window.expect(trainer, pl_module, batch, batch_idx)
+        assert self.derived is not None
+        self._samples.begin_micro_batch(trainer, pl_module, self.derived, self._window, batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begins a window where Lightning does."""
@@ -367,7 +372,9 @@ class LargeBatch(Callback):
             self._window.weigh(trainer, pl_module, loss)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Normalises the window, before the gradients are clipped, and compares it with what was announced."""
+        """Compares the window with what was announced and normalises it, before the gradients are clipped."""
+        assert self.derived is not None
+        self._samples.end_window(trainer, pl_module, self.derived)
         if self._window is not None:
             self._window.close(trainer, pl_module, optimizer)
         self._rates.check(trainer)

@@ -55,6 +55,7 @@ def told_micro_batch(trainer: Trainer, *, make_loaders: bool) -> int | None:
     if declared is not None:
         return declared
     loaders = loaders_in_sight(trainer)
+    _refuse_loaders_in_turn(trainer)
     if loaders is None and not make_loaders:
         return None
     sizes = [loader_batch_size(loader) for loader in (make_train_loaders(trainer) if loaders is None else loaders)]
@@ -66,7 +67,6 @@ def told_micro_batch(trainer: Trainer, *, make_loaders: bool) -> int | None:
             "LargeBatch cannot tell the micro-batch size: training uses a dataloader without a batch_size. "
             "Give LargeBatch(micro_batch_size=...), the samples per forward pass and rank."
         )
-    _refuse_unlike_in_turn(trainer, known)
     raise BatchSizeError(
         f"LargeBatch cannot tell the micro-batch size: training uses several dataloaders of different sizes, {known}. "
         f"Say which samples count: LargeBatch(micro_batch_size=...) with {_choices(known)}."
@@ -86,8 +86,7 @@ def refuse_other_micro_batch(trainer: Trainer, micro_batch_size: int, told_by: s
     """
     sizes = [loader_batch_size(loader) for loader in loaders_in_sight(trainer) or []]
     known = [size for size in sizes if size is not None]
-    if len(set(known)) > 1:
-        _refuse_unlike_in_turn(trainer, known)
+    _refuse_loaders_in_turn(trainer)
     if not known or set(known) == {micro_batch_size}:
         return
     if len(sizes) == 1:
@@ -140,12 +139,12 @@ def _choices(sizes: Sequence[int]) -> str:
     return f"{each} (that loader's samples) or {sum(sizes)} (all)"
 
 
-def _refuse_unlike_in_turn(trainer: Trainer, sizes: Sequence[int]) -> None:
-    """Refuses loaders of different sizes that are used one after the other: no accumulation fits both."""
+def _refuse_loaders_in_turn(trainer: Trainer) -> None:
+    """Refuses what Lightning's ``fit`` does not take, before advising on its batch sizes."""
     if combines_in_turn(trainer):
         raise BatchSizeError(
-            f"the CombinedLoader's mode is 'sequential', and its dataloaders give batches of {list(sizes)}: LargeBatch "
-            "accumulates for one micro-batch size. Give them the same batch_size."
+            "CombinedLoader(mode='sequential') cannot be trained on: Lightning's fit takes 'min_size', 'max_size' and "
+            "'max_size_cycle'. To use datasets one after the other, join them: torch.utils.data.ConcatDataset."
         )
 
 

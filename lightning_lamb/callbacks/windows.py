@@ -89,6 +89,11 @@ class WindowMean:
         """Micro-batches in the open window that had a loss."""
         return len(self._counts)
 
+    @property
+    def samples(self) -> int | None:
+        """Of the present micro-batch; None where they cannot be told or other things are counted."""
+        return None if self._reported or not isinstance(self._counted, int) else self._counted
+
     def begin(self) -> None:
         """Lightning has set the gradients to zero: what was added up until now is in no optimizer step."""
         if self._counts:

@@ -102,6 +102,8 @@ class LargeBatch(Callback):
     Raises:
         BatchSizeError: The global batch does not divide, the accumulation is longer than an epoch, or the micro-batch
             is unknown or contradicted by the data.
+        RankDisagreementError: Ranks derived different numbers.
+        PromiseError: What trains is not what was announced, with check="error".
         PlanError: The warm-up does not fit, the length of the training is unknown, or a checkpoint's plan differs.
         ConflictError: Something else sets the accumulation, clips gradients a second time, or owns the warm-up.
         InvalidOptionError: An option is out of range.

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lightning_lamb.errors import BatchSizeError, LightningLambError
+from lightning_lamb.errors import LightningLambError, RankDisagreementError
 from lightning_lamb.lightning_seams import Trainer
 
 
@@ -28,7 +28,7 @@ def same_on_every_rank(trainer: Trainer, derive: Callable[[], Mapping[str, Any]]
         The numbers.
 
     Raises:
-        BatchSizeError: naming the first number that differs with each rank's, or what another rank could not do.
+        RankDisagreementError: naming the first number that differs with each rank's, or what another rank could not do.
     """
     if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
         return derive()
@@ -44,12 +44,12 @@ def same_on_every_rank(trainer: Trainer, derive: Callable[[], Mapping[str, Any]]
         raise failure
     for rank, (text, _) in enumerate(everyone):
         if text is not None:
-            raise BatchSizeError(f"rank {rank} cannot train like this, so no rank does: {text}")
+            raise RankDisagreementError(f"rank {rank} cannot train like this, so no rank does: {text}")
     for name in numbers:
         values = [repr(theirs.get(name)) for _, theirs in everyone]
         if len(set(values)) > 1:
             shown = "; ".join(f"{value} on {_ranks(values, value)}" for value in dict.fromkeys(values))
-            raise BatchSizeError(
+            raise RankDisagreementError(
                 f"the ranks disagree about {name}: {shown}. Every rank must train with the same: give LargeBatch and "
                 "the data the same options on all of them."
             )

@@ -51,7 +51,8 @@ def on_a_rank() -> dict[str, str]:
         "micro-batch": outcome(LargeBatch(16), micro=4 + 4 * here),
         "made by the module": outcome(LargeBatch(16), MakesItsOwnData(4 + 4 * here)),
         "explicit": outcome(LargeBatch(16, micro_batch_size=4) if here else LargeBatch(16)),
-        "one wrong": outcome(LargeBatch(16, micro_batch_size=8 - 4 * here)),
+        "one given": outcome(LargeBatch(16, micro_batch_size=8 - 4 * here)),
+        "one wrong": outcome(LargeBatch(16), micro=4 - 4 * here),
         "global batch": outcome(LargeBatch(16 + 8 * here)),
         "rule": outcome(LargeBatch(16, base_batch_size=8, lr_scaling="linear" if here else "sqrt")),
         "windows": outcome(LargeBatch(16, exact_windows=bool(here))),
@@ -69,6 +70,7 @@ def outcomes() -> list[dict[str, str]]:
     ("case", "message"),
     [
         ("micro-batch", "disagree about micro_batch_size: [4] on rank 0; [8] on rank 1."),
+        ("one given", "disagree about micro_batch_size: [8] on rank 0; [4] on rank 1."),
         ("made by the module", "disagree about micro_batch_size: [4] on rank 0; [8] on rank 1."),
         ("global batch", "disagree about global_batch_size: 16 on rank 0; 24 on rank 1."),
         ("rule", "disagree about lr_scaling: 'sqrt' on rank 0; 'linear' on rank 1."),
@@ -79,7 +81,7 @@ def outcomes() -> list[dict[str, str]]:
 )
 def test_what_differs_is_named_on_every_rank(outcomes: list[dict[str, str]], case: str, message: str) -> None:
     for said in outcomes:
-        assert said[case].startswith("BatchSizeError: the ranks " + message), said[case]
+        assert said[case].startswith("RankDisagreementError: the ranks " + message), said[case]
 
 
 def test_ranks_that_agree_train(outcomes: list[dict[str, str]]) -> None:
@@ -89,8 +91,8 @@ def test_ranks_that_agree_train(outcomes: list[dict[str, str]]) -> None:
 
 def test_what_one_rank_cannot_do_no_rank_does(outcomes: list[dict[str, str]]) -> None:
     first, second = (said["one wrong"] for said in outcomes)
-    assert "planned with micro_batch_size=8" in first or "disagree about micro_batch_size" in first
-    assert second.startswith("BatchSizeError")
+    assert second.startswith("BatchSizeError: Data.batch_size=0 is no micro-batch")
+    assert first.startswith("RankDisagreementError: rank 1 cannot train like this, so no rank does: Data.batch_size=0")
 
 
 def test_one_process_compares_with_nobody() -> None:

@@ -201,7 +201,7 @@ class LargeBatch(Callback):
         self._promise.begin()
         if self._window is not None:
             size = self._batch.batches[index].micro_batch_size
-            self._window = WindowMean(size, self.loss_reduction, self.log_window_loss)
+            self._window = self._window.of_next_stage(size)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -168,6 +168,24 @@ def test_the_window_loss_is_the_mean_over_the_window(tmp_path: Path) -> None:
     assert logged == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_window_loss_of_a_logging_step_is_not_shown_for_ever(tmp_path: Path) -> None:
+    """What the last step of a stage logged stood in callback_metrics for all later steps."""
+
+    class Watched(Staged):
+        shown: list[float]
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.shown.append(float(self.trainer.callback_metrics.get("train_loss_window", -1.0)))
+
+    module = Watched()
+    module.shown = []
+    train_staged(module, logger=CSVLogger(tmp_path), log_every_n_steps=3, **LIMITS)
+    losses = [float(loss) for loss in module.losses]
+    ends = [4, 8, 10, 14, 18, 22, 26]
+    expected = [sum(losses[begin:end]) / (end - begin) for begin, end in zip([0, *ends], ends)]
+    assert [module.shown[end - 1] for end in ends] == pytest.approx(expected, rel=1e-5)
+
+
 # ---- what is refused, before training
 
 

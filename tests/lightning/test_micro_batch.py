@@ -127,7 +127,9 @@ def of_numpy() -> OwnData:
 
 
 @pytest.mark.parametrize(
-    "make", [OwnData, lambda: property_of(4), hparams_beside_another_attribute, of_numpy, Divides], ids=str
+    "make",
+    [OwnData, lambda: property_of(4), hparams_beside_another_attribute, of_numpy, Divides],
+    ids=["attribute", "property", "hyper-parameter", "NumPy", "divided in setup"],  # addresses differ between processes
 )
 def test_wherever_the_micro_batch_is_from_lightnings_own_estimate_is_right(make: Any) -> None:
     """A loader made in the module: OneCycleLR was told 48 steps instead of 12, as if nothing were accumulated."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_lamb.lightning_seams import Trainer, data_parallel_size
 
@@ -24,6 +24,12 @@ def sum_over_data_ranks(trainer: Trainer, values: Tensor) -> Tensor:
 def largest_over_ranks(trainer: Trainer, values: Tensor) -> Tensor:
     """The largest of any rank, element by element. One all-reduce, none on one rank; ``values`` may be overwritten."""
     return values if trainer.world_size == 1 else _reduced(trainer, values, "MAX")
+
+
+def ddp_wrapper(trainer: Trainer) -> nn.Module | None:
+    """The DistributedDataParallel around the module, if the strategy made one. Reads ``strategy.model``."""
+    wrapper: nn.Module | None = trainer.strategy.model
+    return wrapper if type(wrapper).__name__ == "DistributedDataParallel" else None
 
 
 def _reduced(trainer: Trainer, values: Tensor, operation: str) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from lightning_lamb.errors import BatchSizeError, ConflictError
 from lightning_lamb.lightning_scheduler_seams import rate_finder, stops_after_search
@@ -41,11 +41,6 @@ def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation
             f"LargeBatch needs automatic optimization, and {type(module).__name__}.automatic_optimization is False: "
             "with manual optimization the module decides itself when to step. Remove LargeBatch and accumulate in "
             "training_step (lightning_lamb.scaling.accumulate_grad_batches tells how often), or switch to automatic."
-        )
-    if trainer.limit_train_batches == 0:
-        raise ConflictError(
-            "Trainer(limit_train_batches=0) trains on nothing: LargeBatch has no window to announce. Remove it "
-            "for such a run, or allow at least one batch."
         )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name, (what, remedy) in DECIDES_TOO.items():
@@ -120,6 +115,21 @@ def refuse_no_optimizer(trainer: Trainer, optimizers: Sequence[Optimizer], *, ne
             "asked to set its learning rate (base_lr, base_batch_size, warm-up or stages). Return an optimizer, or use "
             "LambMixin, which makes one."
         )
+
+
+def refuse_repeated_closures(optimizers: Iterable[Optimizer]) -> None:
+    """Refuses an optimizer that computes loss and gradients several times in one step.
+
+    Raises:
+        ConflictError: LBFGS: its closure repeats the last micro-batch of a window alone.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise ConflictError(
+                f"{type(optimizer).__name__} calls its closure several times in a step, and Lightning's closure is the "
+                "last micro-batch of a window alone: what it would minimise is not the loss of the global batch. Use "
+                "another optimizer beside LargeBatch, or LBFGS with manual optimization and without LargeBatch."
+            )
 
 
 def refuse_double_clipping(trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:

@@ -7,7 +7,7 @@ it is full are candidates, all of them, until they disagree (a feature dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from torch.utils.data import (
@@ -23,9 +23,7 @@ from torch.utils.data import (
 )
 
 from lightning_lamb.callbacks.batch_sizes import Place, places, shared_sizes
-from lightning_lamb.callbacks.micro_batch import loader_batch_size
-from lightning_lamb.errors import BatchSizeError, ConflictError, InvalidOptionError, LightningLambError
-from lightning_lamb.lightning_data_seams import training_step_takes_iterator
+from lightning_lamb.errors import BatchSizeError, InvalidOptionError
 from lightning_lamb.lightning_seams import Trainer, present_loaders
 
 SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -46,8 +44,6 @@ class SampleCounter:
         self._drawn: tuple[int, int] | None = None  # batch size and samples of an epoch, where the loader's are known
         self._dimensions = 2
         self._batches = True
-        self._takes_iterator = False
-        self._parts: dict[int, SampleCounter] | None = None
 
     def count(self, trainer: Trainer, batch: Any, batch_idx: int) -> int:
         """The samples of one micro-batch. No tensor is read, only its shape.
@@ -59,28 +55,12 @@ class SampleCounter:
 
         Raises:
             BatchSizeError: there are more than `micro_batch_size`.
-            ConflictError: ``training_step`` takes the iterator, and a window has several micro-batches.
             InvalidOptionError: it cannot be told.
         """
         loaders = present_loaders(trainer)
         if loaders is not self._loaders:
             self._loaders = loaders
-            self.look_at([] if loaders is None else list(loaders.flattened))
-            self._parts = _parts_that_count(loaders, self.micro_batch_size)
-            self._takes_iterator = training_step_takes_iterator(trainer)
-        if self._takes_iterator:
-            raise _iterator_error(trainer.accumulate_grad_batches)
-        if self._parts is not None:
-            batches = _batches_of_loaders(batch, loaders.iterables)
-            if len(batches) == len(loaders.flattened):
-                return sum(
-                    0 if batches[index] is None else counter.count_batch(batches[index], batch_idx)
-                    for index, counter in self._parts.items()
-                )
-        return self.count_batch(batch, batch_idx)
-
-    def count_batch(self, batch: Any, batch_idx: int) -> int:
-        """The samples of the batch of one loader, or of all that need not be told apart."""
+            self._look_at([] if loaders is None else list(loaders.flattened))
         full = self.micro_batch_size
         drawn: int | None = None
         if self._drawn is not None:
@@ -102,7 +82,7 @@ class SampleCounter:
                 return found
         return self._find(batch, drawn, full or drawn or 1)
 
-    def look_at(self, loaders: list[Any]) -> None:
+    def _look_at(self, loaders: list[Any]) -> None:
         """Notes what the dataloaders tell."""
         self._candidates, self._drawn = (), None
         self._dimensions = 1 if loaders and all(_collates_by_default(loader) for loader in loaders) else 2
@@ -164,38 +144,6 @@ class SampleCounter:
         return None
 
 
-def _parts_that_count(loaders: Any, micro_batch_size: int | None) -> dict[int, SampleCounter] | None:
-    """Which of several dataloaders give the samples that a micro-batch counts, where they have different sizes.
-
-    Returns:
-        A counter for each, by its place among the loaders: the first whose batches are micro-batches, or all, if their
-        batches together are one. None: they need not be told apart.
-    """
-    flattened = [] if loaders is None else list(loaders.flattened)
-    sizes = [loader_batch_size(loader) for loader in flattened]
-    known = [size for size in sizes if size is not None]
-    if micro_batch_size is None or len(known) < max(2, len(sizes)) or set(known) == {micro_batch_size}:
-        return None
-    chosen = [index for index, size in enumerate(known) if size == micro_batch_size][:1]
-    if not chosen and sum(known) == micro_batch_size:
-        chosen = list(range(len(known)))
-    parts = {index: SampleCounter(known[index]) for index in chosen}
-    for index, counter in parts.items():
-        counter.look_at([flattened[index]])
-    return parts or None
-
-
-def _batches_of_loaders(batch: Any, iterables: Any) -> list[Any]:
-    """The batch of each dataloader, in the order of ``CombinedLoader.flattened``; shorter if the batch was rebuilt."""
-    if isinstance(iterables, Mapping) and isinstance(batch, Mapping):
-        pairs = [(batch[key], inner) for key, inner in iterables.items() if key in batch]
-    elif isinstance(iterables, (list, tuple)) and isinstance(batch, (list, tuple)):
-        pairs = list(zip(batch, iterables))
-    else:
-        return [] if isinstance(iterables, (Mapping, list, tuple)) else [batch]
-    return [part for one, inner in pairs for part in _batches_of_loaders(one, inner)]
-
-
 def samples_in(batch: Any) -> int:
     """The samples of a batch of which nothing is known but its structure: a size that all its parts share.
 
@@ -207,21 +155,6 @@ def samples_in(batch: Any) -> int:
         if shared and len(shared) == 1:
             return shared.pop()
     raise InvalidOptionError(_unknown(batch, None, places(batch)))
-
-
-def _iterator_error(accumulation: int) -> LightningLambError:
-    """Why nothing can be counted where ``training_step`` fetches the batches itself."""
-    if accumulation > 1:
-        return ConflictError(
-            "training_step(self, dataloader_iter) cannot accumulate: Lightning sets the gradients to zero one "
-            f"micro-batch late there, so {accumulation} micro-batches per optimizer step would lose some. Take (self, "
-            "batch, batch_idx), or make global_batch_size one micro-batch per rank."
-        )
-    return InvalidOptionError(
-        "LargeBatch does not see the batches of training_step(self, dataloader_iter), so it cannot count their "
-        "samples. Call lightning_lamb.callbacks.report_count(self, n) there, take (self, batch, batch_idx), or set "
-        "exact_windows=False."
-    )
 
 
 def _having(size: int, sizes: dict[Place, int]) -> tuple[Place, ...]:

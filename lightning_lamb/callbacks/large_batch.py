@@ -29,6 +29,7 @@ from lightning_lamb.callbacks.position import Position, write_position
 from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
 from lightning_lamb.callbacks.promised_rates import PromisedRates
+from lightning_lamb.callbacks.promised_samples import check_window
 from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.step_clock import StepClock
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
@@ -156,8 +157,7 @@ class LargeBatch(Callback):
         self._rewarm_at: int | None = None
         self._position: Position | None = None
         self._promise = Promise(check)
-        self._rates = PromisedRates(self._promise)
-        self._clock = StepClock()
+        self._rates, self._clock = PromisedRates(self._promise), StepClock()
 
     # ---- before the optimizers exist
 
@@ -168,9 +168,8 @@ class LargeBatch(Callback):
         refuse_conflicts(trainer, pl_module, self._batch.accumulation)
         refuse_finder(trainer, sets_rates=self._batch.stage_options is not None or self.rules.asks_about_rates)
         self._promise.begin()
-        self._rates = PromisedRates(self._promise)
         self._clock.forget()
-        self._clock = StepClock()
+        self._rates, self._clock = PromisedRates(self._promise), StepClock()
         self._batch.begin(trainer)
         self._rewarm_at, self._position = None, None
         self._before = LiveParameters(pl_module)
@@ -380,6 +379,7 @@ class LargeBatch(Callback):
         """Normalises the window, before the gradients are clipped, and compares it with what was announced."""
         if self._window is not None:
             self._window.close(trainer, pl_module, optimizer)
+        check_window(self._promise, trainer, self.derived, self._window)
         self._rates.check(trainer)
         self._promise.end_window()
 

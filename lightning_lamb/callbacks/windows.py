@@ -89,6 +89,11 @@ class WindowMean:
         """Micro-batches in the open window that had a loss."""
         return len(self._counts)
 
+    @property
+    def counts_reports(self) -> bool:
+        """Whether the count is what ``report_count`` says, and not samples."""
+        return bool(self._reported)
+
     def begin(self) -> None:
         """Lightning has set the gradients to zero: what was added up until now is in no optimizer step."""
         if self._counts:

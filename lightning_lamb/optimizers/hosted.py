@@ -7,6 +7,7 @@ is imported.
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch import Tensor
 from lightning_lamb.errors import ConflictError, InvalidOptionError, StateDictError
 from lightning_lamb.optimizers import state
 from lightning_lamb.optimizers.report import LayerReport
-from lightning_lamb.sharding import annotation, clean_name, zero
+from lightning_lamb.sharding import annotate, annotation, clean_name, zero
 
 if TYPE_CHECKING:
     from lightning_lamb.optimizers.layerwise import LayerwiseOptimizer
@@ -60,6 +61,7 @@ class Host:
 
     def __init__(self) -> None:
         self.active = False
+        self._asked_engine = False
         self._members: list[Members] = []
         self._originals: dict[int, weakref.ref[Tensor]] = {}
         self._reports: dict[Any, LayerReport] = {}
@@ -124,6 +126,24 @@ class Host:
             zero.forget_gradients(parameter)
         self._reports[tuple(map(id, parameters))] = report
         return LayerReport.joined(list(self._reports.values()))
+
+    def learn_names(self, optimizer: LayerwiseOptimizer) -> None:
+        """Takes names from the module of the DeepSpeed engine that was given ``optimizer``, where nobody knows them.
+
+        ``deepspeed.initialize(model=model, optimizer=Lamb(model.parameters()))`` is what Hugging Face's Trainer does.
+        Looks at every object of the process, once. No communication.
+        """
+        kind = getattr(sys.modules.get("deepspeed.runtime.engine"), "DeepSpeedEngine", None)
+        if kind is None or self._asked_engine:
+            return
+        self._asked_engine = True
+        named = all(members.group.get("param_names") for members in self._members)
+        if named or all(annotation(parameter) is not None for _, parameter in self._everyone()):
+            return
+        for found in gc.get_objects():
+            if issubclass(type(found), kind) and vars(found).get("basic_optimizer") is optimizer:
+                annotate(found.module)
+                return
 
     def adopt(self, groups: Sequence[dict[str, Any]]) -> None:
         """Tells the ZeRO locator which parameters stood where ``groups`` now hold others."""

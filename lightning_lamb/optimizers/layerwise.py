@@ -162,6 +162,7 @@ class LayerwiseOptimizer(Optimizer):
         known = self._plans.get(key)
         if known is not None and known.holds():
             return known
+        self._host.learn_names(self)
         self._host.adopt(self.param_groups)
         self._forget_plans()
         self._plans[key] = LayerPlan(self.param_groups)

@@ -38,9 +38,10 @@ class Place:
             value = batch
             for is_attribute, key in self.keys:
                 value = getattr(value, key) if is_attribute else value[key]
-            if self.kind == LENGTH:
-                return len(value)
-            return declared_size(value) if isinstance(self.kind, str) else int(_shape(value)[self.kind])
+            kind = self.kind
+            if isinstance(kind, int):  # at every micro-batch, so the common case comes first
+                return value.size(kind) if isinstance(value, Tensor) else int(_shape(value)[kind])
+            return len(value) if kind == LENGTH else declared_size(value)
         except (AttributeError, IndexError, KeyError, TypeError):
             return None
 

@@ -5,6 +5,8 @@ As in `lightning_lamb.lightning_seams`, the functions say which attributes they 
 
 from __future__ import annotations
 
+import contextlib
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -32,9 +34,44 @@ def begin_epoch_anew(trainer: Trainer) -> None:
             inner.reset_restart_stage()
 
 
+def step_schedulers(trainer: Trainer, *, ends_epoch: bool) -> None:
+    """Steps the schedulers as after a micro-batch that closed a window. Calls ``_update_learning_rates``."""
+    loop = trainer.fit_loop.epoch_loop
+    for config in trainer.lr_scheduler_configs:
+        scheduler: Any = config.scheduler
+        if getattr(scheduler, "_optimizer_steps", None) is not None:  # a StagedWarmup that waits for the step it saw
+            scheduler._count_optimizer_step(scheduler.optimizer)
+    for interval in ("step", "epoch") if ends_epoch else ("step",):
+        loop._update_learning_rates(interval=interval, update_plateau_schedulers=False)
+
+
+def silence_restart_warning() -> Callable[[], None]:
+    """Keeps Lightning from warning that a loader without a state makes results unreliable, where that is not so.
+
+    Returns:
+        Lets it warn again.
+    """
+    before = list(warnings.filters)
+    warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+    added = [entry for entry in warnings.filters if not any(entry is other for other in before)]
+
+    def speak_again() -> None:
+        for entry in added:
+            with contextlib.suppress(ValueError):
+                warnings.filters.remove(entry)  # type: ignore[attr-defined]
+
+    return speak_again
+
+
 def count_steps_for_loggers(trainer: Trainer) -> None:
     """Makes the loggers' step the optimizer's, which a resumed fit may be one off. Writes ``_batches_that_stepped``."""
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def training_loaders(trainer: Trainer) -> list[Any]:
+    """The training dataloaders that there are. Reads ``fit_loop._combined_loader``."""
+    combined = trainer.fit_loop._combined_loader
+    return [] if combined is None else list(combined.flattened)
 
 
 def replace_train_loaders(

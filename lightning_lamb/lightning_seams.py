@@ -256,7 +256,10 @@ def total_optimizer_steps(trainer: Trainer) -> int:
                 "trains without end: set Trainer(max_steps=...), or StagedWarmup(total_steps=...)."
             )
         return max_steps
+    was_loaded = trainer.fit_loop._combined_loader is not None
     batches = batches_per_epoch(trainer)
+    if not was_loaded:
+        drop_train_data_before_resume(trainer)
     if math.isinf(batches):
         if max_steps == -1:
             raise PlanError(

@@ -25,6 +25,7 @@ from torch.utils.data import (
 from lightning_lamb.callbacks.data_streams import Fetches, PrivateFetches, continued, is_stateful, streamed
 from lightning_lamb.callbacks.order_seeds import LoaderOrder, OrderSeeds
 from lightning_lamb.callbacks.random_states import PrivateRandomness, TrainingRandomness
+from lightning_lamb.callbacks.worker_seeds import seeded, worker_seeding
 
 
 class DataOrder:
@@ -117,7 +118,8 @@ class ResumableLoader:
         inner = super()._index_sampler  # type: ignore[misc]
         if isinstance(self.dataset, IterableDataset):  # type: ignore[attr-defined]
             return inner
-        return OrderedIndices(inner, inner_sampler(self), self.order, self.part, skips=self.skips)
+        seeding = worker_seeding(self)
+        return OrderedIndices(inner, inner_sampler(self), self.order, self.part, skips=self.skips, seeding=seeding)
 
     def __iter__(self) -> Iterator[Any]:
         """One pass in the present epoch's order, from where training is."""
@@ -150,11 +152,21 @@ class OrderedIndices:
         order: tells the epoch and what to skip.
         part: this loader's seeds.
         skips: skip by itself.
+        seeding: how workers are seeded, see `worker_seeding`.
     """
 
-    def __init__(self, sampler: Any, innermost: Any, order: DataOrder, part: LoaderOrder, *, skips: bool) -> None:
+    def __init__(
+        self,
+        sampler: Any,
+        innermost: Any,
+        order: DataOrder,
+        part: LoaderOrder,
+        *,
+        skips: bool,
+        seeding: tuple[int, ...] | None = None,
+    ) -> None:
         self._sampler, self._innermost, self._order, self._part = sampler, innermost, order, part
-        self._skips = skips
+        self._skips, self._seeding = skips, seeding
 
     def __len__(self) -> int:
         """Of a whole pass: Lightning compares it with all micro-batches of the epoch."""
@@ -167,9 +179,12 @@ class OrderedIndices:
         # Lightning's wrapper gives each rank a part of one order, which all ranks must draw alike.
         private = PrivateRandomness(part.stream_seed(shared=wrapped_sampler(self._innermost) is not None))
         seed = part.shuffle_seed() if _shuffles_globally(self._innermost) else 0
-        return self._draw(skipped, private, seed)
+        seeds = None if self._seeding is None else (part.stream_seed(), *self._seeding)
+        return self._draw(skipped, private, seed, seeds)
 
-    def _draw(self, skipped: int, private: PrivateRandomness, seed: int) -> Iterator[Any]:
+    def _draw(
+        self, skipped: int, private: PrivateRandomness, seed: int, seeds: tuple[int, ...] | None
+    ) -> Iterator[Any]:
         inner, nothing = iter(self._sampler), object()
         for sampler in (self._innermost, wrapped_sampler(self._innermost)):
             self._part.seed_generator(getattr(sampler, "generator", None))
@@ -181,7 +196,7 @@ class OrderedIndices:
         while drawn is not nothing:
             position += 1
             if position > skipped:
-                yield drawn
+                yield seeded(drawn, seeds, position)
             with place():
                 drawn = next(inner, nothing)
 

@@ -6,24 +6,39 @@ A checkpoint describes the start of the window it was saved in: the position in 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from lightning_lamb.callbacks.data_order import DataOrder, resumable, skips_by_index
 from lightning_lamb.callbacks.data_streams import is_stateful
 from lightning_lamb.callbacks.order_seeds import OrderSeeds
-from lightning_lamb.callbacks.position import Position, present_position
+from lightning_lamb.callbacks.position import (
+    Position,
+    count_micro_batch,
+    has_uncounted_micro_batch,
+    position_of_stranger,
+    present_position,
+    write_position,
+)
 from lightning_lamb.callbacks.random_states import RandomStates, TrainingRandomness
+from lightning_lamb.callbacks.unsaved_state import UnsavedState
+from lightning_lamb.callbacks.window_buffers import WindowBuffers
+from lightning_lamb.callbacks.worker_seeds import worker_seeding
 from lightning_lamb.lightning_resume_seams import (
     begin_epoch_anew,
     count_steps_for_loggers,
     gather_over_ranks,
     loader_states,
     replace_train_loaders,
+    silence_restart_warning,
     skip_by_iterating,
+    step_schedulers,
+    training_loaders,
 )
 from lightning_lamb.lightning_seams import (
     LightningModule,
@@ -31,9 +46,9 @@ from lightning_lamb.lightning_seams import (
     closes_window,
     data_parallel_size,
     device_of,
+    inner_optimizer,
     rank_zero_warn,
 )
-from lightning_lamb.sharding.annotate import clean_name
 
 
 class ExactResume:
@@ -45,8 +60,6 @@ class ExactResume:
 
     def __init__(self, enabled: bool) -> None:
         self.enabled = enabled
-        self.is_failing = False
-        """An exception is on its way: other ranks may not be there any more, so nothing is gathered from them."""
         self._resumed_at: Position | None = None
         self._saved: dict[str, Any] = {}
         self._randomness: TrainingRandomness | None = None
@@ -54,20 +67,31 @@ class ExactResume:
         self._buffers = WindowBuffers()
         self._loader_states: list[dict[str, Any]] = []
         self._restored_states: list[Any] = []
+        self._unsaved = UnsavedState()
         self._first_micro_batch = False
+        self._hooks: list[Any] = []
+        self._has_stepped = False
+        self._has_states = False
+        self._module: LightningModule | None = None
+        self._speak_again: Callable[[], None] = _nothing
 
     # ---- training
 
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Takes over dataloaders and random numbers, before the first micro-batch of a ``fit``."""
         position, saved = self._resumed_at, self._saved
-        self._resumed_at, self._saved, self.is_failing = None, {}, False
+        self._resumed_at, self._saved = None, {}
         self._first_micro_batch = position is not None
-        if position is not None and position.micro_batches == 0:
-            begin_epoch_anew(trainer)
-        self._buffers.keep(module)
-        self._loader_states = [_copied(state) for state in loader_states(trainer)]
+        self._watch_steps(trainer)
+        if position is not None:
+            if saved.get("schedules_pending"):
+                step_schedulers(trainer, ends_epoch=position.micro_batches == 0)
+            if position.micro_batches == 0:
+                begin_epoch_anew(trainer)
+        self._module = module
         if not self.enabled:
+            self._order, self._randomness = None, None
+            self.take_loaders(trainer)
             return
         states = _of_rank(saved, trainer.global_rank)
         self._randomness = TrainingRandomness(device_of(module), states)
@@ -77,38 +101,79 @@ class ExactResume:
         if position is not None:
             self._order.begin_at(position.epoch, position.micro_batches)
         begins_pass = position is not None and position.micro_batches == 0
-        self.take_loaders(trainer, self._restored_states if begins_pass else None)
+        reasons = self.take_loaders(trainer, self._restored_states if begins_pass else None)
         self._restored_states = []
+        if position is not None:
+            self._tell(position, [*reasons, *_reasons(saved, trainer)])
 
-    def take_loaders(self, trainer: Trainer, states: list[Any] | None = None) -> None:
+    def _tell(self, position: Position, reasons: list[str]) -> None:
+        """Says why a resumed run may not be the one that was not stopped; otherwise Lightning need not warn either."""
+        if reasons:
+            rank_zero_warn(
+                f"LargeBatch: the run that continues at micro-batch {position.micro_batches} of epoch {position.epoch} "
+                f"may differ from one that was not stopped: {'; '.join(reasons)}."
+            )
+        else:
+            self._speak_again = silence_restart_warning()
+
+    def _watch_steps(self, trainer: Trainer) -> None:
+        """Notes every optimizer step at once: Lightning counts it later, and a checkpoint may be saved in between."""
+        for hook in self._hooks:
+            hook.remove()
+        self._has_stepped = False
+
+        def note(*_: Any) -> None:
+            self._has_stepped = True
+
+        inner = [inner_optimizer(optimizer) for optimizer in trainer.optimizers]
+        self._hooks = [made.register_step_post_hook(note) for made in inner if hasattr(made, "register_step_post_hook")]
+
+    def take_loaders(self, trainer: Trainer, states: list[Any] | None = None) -> list[str]:
         """Replaces dataloaders, where there are new ones, and skips what was seen.
 
         Args:
             trainer: before the first micro-batch of an epoch.
             states: of stateful loaders, which are to begin anew from there.
+
+        Returns:
+            Why the data may not be what an unbroken run would see.
         """
-        self._loader_states = [_copied(state) for state in loader_states(trainer)]  # a window begins here
+        loaders: list[Any] = training_loaders(trainer)
+        self._has_states = any(is_stateful(loader) for loader in loaders)
+        self._keep_loader_states(trainer)  # a window begins here
         order = self._order
         if order is None:
-            return
-        loaders: list[Any] = []
+            return []
+        if self._module is not None:
+            self._buffers.find(self._module)
+        self._buffers.keep()
 
         def replace(before: list[Any]) -> list[Any]:
-            loaders.extend(before)
-            alone = len(before) == 1
-            return [resumable(loader, index, order, skips=alone) for index, loader in enumerate(before)]
+            after = [resumable(loader, i, order, skips=len(before) == 1) for i, loader in enumerate(before)]
+            fresh = [old for old, new in zip(before, after) if old is not new]
+            if fresh:
+                self._unsaved.watch(fresh)
+            return after
 
         replace_train_loaders(trainer, replace, states)
+        if not order.skip():
+            return []
+        if _skips_itself(loaders):
+            return _what_skipping_misses(loaders)
         with order.randomness.undisturbed():
-            has_skipped = not order.skip() or _skips_itself(loaders) or skip_by_iterating(trainer, order.skip())
-        if not has_skipped:
-            rank_zero_warn(
-                f"LargeBatch cannot skip the {order.skip()} micro-batches that this epoch has seen already, because "
-                "training_step takes the iterator of the dataloader: the data begins anew. Give the dataloader "
-                "state_dict and load_state_dict to continue exactly."
-            )
-        if order.skip() and not _skips_itself(loaders):
-            order.begin_at(-1, 0)
+            has_skipped = skip_by_iterating(trainer, order.skip())
+        order.begin_at(-1, 0)
+        if has_skipped:
+            return []
+        reason = (
+            "training_step takes the iterator of the dataloader, so what this epoch has seen already cannot be skipped "
+            "and its data begins anew; give the dataloader state_dict and load_state_dict"
+        )
+        return [reason]
+
+    def _keep_loader_states(self, trainer: Trainer) -> None:
+        """Copies the states of stateful loaders."""
+        self._loader_states = [_copied(state) for state in loader_states(trainer)] if self._has_states else []
 
     def begin_micro_batch(self, trainer: Trainer) -> None:
         """Restores training's random numbers, if fetching the batch has not."""
@@ -116,16 +181,19 @@ class ExactResume:
             self._randomness.enter()
         if self._first_micro_batch:
             self._first_micro_batch = False
+            self._speak_again()
             count_steps_for_loggers(trainer)
 
-    def end_micro_batch(self, trainer: Trainer, module: LightningModule) -> None:
+    def end_micro_batch(self, trainer: Trainer) -> None:
         """Keeps the random numbers, and at the end of a window what the next one starts from."""
         closed = closes_window(trainer)
+        self._has_stepped = False
         if self._randomness is not None:
             self._randomness.leave(closes_window=closed)
-        if closed:
-            self._buffers.keep(module)
-            self._loader_states = [_copied(state) for state in loader_states(trainer)]
+            if closed:
+                self._buffers.keep()
+        if closed and self._has_states:
+            self._keep_loader_states(trainer)
 
     # ---- checkpoints
 
@@ -139,62 +207,74 @@ class ExactResume:
         Returns:
             Tensors and plain values.
         """
-        position, closed = present_position(trainer)
+        position, closed = present_position(trainer, has_stepped=self._has_stepped)
+        saved: dict[str, Any] = {"epoch": position.epoch, "micro_batches": position.micro_batches}
+        if self._has_stepped and has_uncounted_micro_batch(trainer):
+            count_micro_batch(checkpoint)
+            saved["schedules_pending"] = True  # Lightning steps them after it has counted
         if not closed:
-            self._buffers.write(checkpoint.get("state_dict", {}))
-            loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+            self._buffers.write(checkpoint)
+            if position.micro_batches:  # a run without LargeBatch continues there too
+                same = trainer.accumulate_grad_batches
+                write_position(checkpoint, position, same, same)
+        loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
+        if not closed or "combined_loader" not in loops:  # after trainer.test there are no loaders any more
             loops.pop("combined_loader", None)
             if self._loader_states:
                 loops["combined_loader"] = self._loader_states
-        saved: dict[str, Any] = {"epoch": position.epoch, "micro_batches": position.micro_batches}
         if self._randomness is None or self._order is None:
             return saved
         states = self._randomness.now_or_at_start(closed=closed)
-        gathered = [states.pack()]
-        if not self.is_failing and trainer.world_size > 1 and dist.is_available() and dist.is_initialized():
-            everyone: list[Any] = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, gathered[0])
-            gathered = everyone
-        return {**saved, **self._order.seeds.save(), **_without_copies(gathered)}
+        gathered: list[Any] = [(states.pack(), loops.get("combined_loader", []))]
+        is_together = trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
+        if is_together and not trainer.interrupted:  # after an exception the other ranks may not be there any more
+            gathered = [None] * dist.get_world_size()
+            dist.all_gather_object(gathered, (states.pack(), loops.get("combined_loader", [])))
+        loaders = [rank_states for _, rank_states in gathered]
+        if len(gathered) > 1 and any(loaders):  # Lightning's checkpoint has those of rank 0
+            saved["loader_states"] = loaders
+        saved["unsaved"] = self._unsaved.changed()
+        return {**saved, **self._order.seeds.save(), **_without_copies([packed for packed, _ in gathered])}
 
-    def load(self, position: Position, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    def load(self, trainer: Trainer, position: Position, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
         """Remembers a checkpoint until training starts.
 
         Args:
+            trainer: the states of this rank's dataloaders become the checkpoint's.
             position: in this run's micro-batches.
-            saved: what `save` returned.
-            checkpoint: holds the states of stateful dataloaders too.
+            saved: what `save` returned; {} for a checkpoint of a run without LargeBatch.
+            checkpoint: modified in place.
         """
         self._resumed_at, self._saved = position, saved
-        self._restored_states = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
+        loops = checkpoint["loops"]["fit_loop"]["state_dict"]
+        of_rank = saved.get("loader_states", [])
+        if len(of_rank) == trainer.world_size:
+            loops.pop("combined_loader", None)
+            if of_rank[trainer.global_rank]:
+                loops["combined_loader"] = of_rank[trainer.global_rank]
+        self._restored_states = loops.get("combined_loader", [])
+
+    def load_stranger(self, trainer: Trainer, checkpoint: dict[str, Any], *, rounds_down: bool) -> Position | None:
+        """Remembers where in an epoch a run without LargeBatch was; see `position_of_stranger`."""
+        position = position_of_stranger(checkpoint, trainer.accumulate_grad_batches, rounds_down=rounds_down)
+        if position is not None:
+            self.load(trainer, write_position(checkpoint, position, 1, 1), {}, checkpoint)
+        return position
 
 
-class WindowBuffers:
-    """Copies of a module's buffers as they were when the window began."""
+def _nothing() -> None:
+    """Lightning may warn."""
 
-    def __init__(self) -> None:
-        self._copies: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def keep(self, module: nn.Module) -> None:
-        """Copies all buffers, into the last copies where they fit; no host synchronisation.
-
-        Their version counters would not tell which changed: batch norm's kernels move statistics without counting.
-        """
-        for name, buffer in module.named_buffers():
-            copy = self._copies.get(name)
-            if copy is None or copy.shape != buffer.shape or copy.device != buffer.device or copy.dtype != buffer.dtype:
-                self._copies[name] = buffer.detach().clone()
-            else:
-                copy.copy_(buffer)
-
-    def write(self, state_dict: dict[str, Any]) -> None:
-        """Puts the copies in the places of the buffers in a state dict."""
-        places = {clean_name(name): name for name in state_dict}
-        for name, copy in self._copies.items():
-            place = places.get(clean_name(name))
-            if place is not None and state_dict[place].shape == copy.shape:
-                state_dict[place] = copy.clone()
+def _reasons(saved: dict[str, Any], trainer: Trainer) -> list[str]:
+    """Why what a checkpoint holds may not be all that a run depends on."""
+    reasons = list(saved.get("unsaved", []))
+    if not saved.get("order_seed"):
+        reasons.append("the checkpoint holds no random numbers, so the order of shuffled data is another one")
+    ranks = len(saved["order_seed"]) if isinstance(saved.get("order_seed"), list) else 0
+    if len(saved.get("random_state_of_rank", [])) < ranks == trainer.world_size:
+        reasons.append("it was saved while an exception was raised, with the random numbers of one rank only")
+    return reasons
 
 
 def _skips_itself(loaders: list[Any]) -> bool:
@@ -202,6 +282,17 @@ def _skips_itself(loaders: list[Any]) -> bool:
     if any(is_stateful(loader) for loader in loaders):
         return True  # what Lightning restored must not be moved
     return len(loaders) == 1 and skips_by_index(loaders[0])
+
+
+def _what_skipping_misses(loaders: list[Any]) -> list[str]:
+    """What is not repeated where only indices, or only the loaders with a state, are skipped."""
+    if len(loaders) > 1 and not all(is_stateful(loader) for loader in loaders):
+        return ["a dataloader with a state and one without are combined, and only the former continues"]
+    loader = loaders[0]
+    repeats = is_stateful(loader) or isinstance(getattr(loader, "dataset", None), IterableDataset)
+    if getattr(loader, "num_workers", 0) and not repeats and worker_seeding(loader) is None:
+        return [f"worker_init_fn of {type(loader).__name__} seeds its workers, which begin anew; leave it out"]
+    return []
 
 
 def _copied(state: Any) -> Any:
@@ -234,8 +325,6 @@ def _same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 
 def _of_rank(saved: dict[str, Any], rank: int) -> RandomStates | None:
-    """This rank's random states in a checkpoint; on more ranks than it was saved on they repeat."""
-    of_rank = saved.get("random_state_of_rank")
-    if not of_rank:
-        return None
-    return RandomStates.unpack(saved["random_states"][of_rank[rank % len(of_rank)]])
+    """This rank's random states in a checkpoint; None: a rank that it has none of goes on with its own."""
+    of_rank = saved.get("random_state_of_rank", [])
+    return RandomStates.unpack(saved["random_states"][of_rank[rank]]) if rank < len(of_rank) else None

@@ -46,7 +46,6 @@ from lightning_lamb.lightning_seams import (
     end_epoch,
     inner_optimizer,
     is_deepspeed,
-    is_fitting,
     limit_training,
     module_that_knows,
     rank_zero_info,
@@ -210,7 +209,7 @@ class LargeBatch(Callback):
         self._clock.end_micro_batch(trainer, None if self.plan is None else self.plan.total_steps)
         if self.plan is not None and self.plan.at(self._clock.steps(trainer)) != self.stage:
             end_epoch(trainer)
-        self._resume.end_micro_batch(trainer, pl_module)
+        self._resume.end_micro_batch(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Enters the next stage where one ended."""
@@ -292,6 +291,7 @@ class LargeBatch(Callback):
             derived = self._batch.derive(trainer, pl_module)
         self._rates.load(checkpoint, saved)
         if saved is None:
+            self._position = self._resume.load_stranger(trainer, checkpoint, rounds_down=self.on_plan_change != "error")
             return
         self._rewarm_at = saved["rewarm_at"] if not differences else step if self.on_plan_change == "rewarm" else None
         if self._rewarm_at is not None:
@@ -303,22 +303,22 @@ class LargeBatch(Callback):
                 position = self._begin_stage_at(checkpoint, position)
             accumulations = saved["accumulate_grad_batches"], derived.accumulate_grad_batches
             self._position = write_position(checkpoint, position, *accumulations)
-            self._resume.load(self._position, where, checkpoint)
+            self._resume.load(trainer, self._position, where, checkpoint)
 
     def _begin_stage_at(self, checkpoint: dict[str, Any], position: Position) -> Position:
         """A checkpoint from where a stage ended begins an epoch with new dataloaders."""
         checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+        checkpoint[POSITION_KEY].pop("loader_states", None)
         return Position(position.epoch + 1, 0) if position.micro_batches else position
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds position and random numbers, of all ranks. In an open window, those of its start."""
         name_optimizer_states(trainer, pl_module, checkpoint)
-        if self.derived is not None and "callbacks" in checkpoint and is_fitting(trainer):
+        if self.derived is not None and "callbacks" in checkpoint:
             checkpoint[POSITION_KEY] = self._resume.save(trainer, checkpoint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """A checkpoint that is saved now must not wait for other ranks."""
-        self._resume.is_failing = True
+        """Puts back what waits for the end of a setup, and notes the learning rates for another ``fit``."""
         self._forget_setup()
         self._rates.note()
 

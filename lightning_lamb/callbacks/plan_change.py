@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -42,10 +43,12 @@ def refuse_changed_plan(differences: Sequence[str], plan: StagedBatches | None) 
 
 
 def length_from(trainer: Trainer, step: int, position: Position | None) -> int:
-    """How many optimizer steps a resumed training makes in all, when its steps before had another batch."""
+    """How many optimizer steps a resumed training makes in all, its steps before with another batch; -1: unknown."""
     if trainer.max_steps != -1 or position is None or trainer.max_epochs is None:
         return trainer.max_steps
     per_epoch = steps_per_epoch(trainer, batches_per_epoch(trainer))
+    if math.isinf(per_epoch):
+        return trainer.max_steps
     seen = position.micro_batches // trainer.accumulate_grad_batches
     return step + int(per_epoch) * (trainer.max_epochs - position.epoch) - seen
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from lightning_lamb.errors import PlanError
 from lightning_lamb.lightning_resume_seams import loop_counters
 from lightning_lamb.lightning_seams import Trainer
 
@@ -26,21 +27,83 @@ class Position:
     micro_batches: int
 
 
-def present_position(trainer: Trainer) -> tuple[Position, bool]:
+def present_position(trainer: Trainer, *, has_stepped: bool = False) -> tuple[Position, bool]:
     """The start of the window that training is in or before.
+
+    An epoch that ``max_steps`` or a callback cut short has not ended: a longer training would go on in it.
+
+    Args:
+        trainer: at any moment of a ``fit``, or after it.
+        has_stepped: the optimizer has taken the step of the present micro-batch, which Lightning may not have counted.
 
     Returns:
         The position, and whether it is where training is: no micro-batch of the next window has begun.
     """
     epoch, batch = loop_counters(trainer)
     done = batch.current.processed
+    start = done - done % trainer.accumulate_grad_batches
     if epoch.processed == epoch.ready:  # between two epochs, or before the first
+        if epoch.processed and done and not batch.is_last_batch:
+            return Position(epoch.processed - 1, start), start == done
         return Position(epoch.processed, 0), True
     at_batch_end = batch.current.ready == done
+    if has_stepped and not at_batch_end:
+        is_last = batch.is_last_batch or batch.current.ready == trainer.num_training_batches
+        return Position(epoch.processed + is_last, 0 if is_last else batch.current.ready), True
     if at_batch_end and batch.is_last_batch:
         return Position(epoch.processed + 1, 0), True
-    start = done - done % trainer.accumulate_grad_batches
     return Position(epoch.processed, start), at_batch_end and start == done
+
+
+def has_uncounted_micro_batch(trainer: Trainer) -> bool:
+    """Whether a micro-batch has begun and Lightning has not counted it yet."""
+    _, batch = loop_counters(trainer)
+    return bool(batch.current.ready != batch.current.processed)
+
+
+def count_micro_batch(checkpoint: dict[str, Any]) -> None:
+    """Counts, in a checkpoint, the micro-batch whose optimizer step was taken before Lightning counted either.
+
+    Args:
+        checkpoint: its counters and ``global_step`` are modified in place.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    batches = loops["epoch_loop.batch_progress"]
+    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    checkpoint["global_step"] += steps["total"]["ready"] - steps["total"]["completed"]
+    for part in ("total", "current"):
+        batches[part]["processed"] = batches[part]["ready"]
+        steps[part]["completed"] = steps[part]["ready"]
+
+
+def position_of_stranger(checkpoint: dict[str, Any], accumulation: int, *, rounds_down: bool) -> Position | None:
+    """Where in an epoch a run without LargeBatch was.
+
+    Args:
+        checkpoint: of that run. It does not tell its micro-batch, nor its ranks.
+        accumulation: of this run.
+        rounds_down: go back to the start of the window, rather than refuse.
+
+    Returns:
+        None: between two epochs, where there is nothing to translate.
+
+    Raises:
+        PlanError: no window of this run begins there.
+    """
+    loops = checkpoint["loops"]["fit_loop"]
+    epochs, batches = loops["epoch_progress"]["current"], loops["epoch_loop.batch_progress"]
+    done, has_ended = batches["current"]["processed"], epochs["processed"] == epochs["ready"]
+    if done == 0 or batches["is_last_batch"]:
+        return None
+    epoch, start = epochs["processed"] - has_ended, done - done % accumulation
+    if start != done and not rounds_down:
+        raise PlanError(
+            f"the checkpoint is of a run without LargeBatch, saved after {done} micro-batches of epoch {epoch}, where "
+            f"no window of accumulate_grad_batches={accumulation} begins: the epoch's data would not be what is left "
+            'of it. Continue from a checkpoint of the end of an epoch, or with on_plan_change="adopt", which goes back '
+            f"to micro-batch {start} and trains on {done - start} micro-batches a second time."
+        )
+    return Position(epoch, start)
 
 
 def write_position(

@@ -80,8 +80,12 @@ def test_every_semi_private_attribute_is_there() -> None:
             assert trainer.fit_loop._data_source.instance is trainer.datamodule
             assert len(trainer.fit_loop._combined_loader.flattened) == 1
             assert trainer.lr_scheduler_configs is trainer.strategy.lr_scheduler_configs
-            saved = trainer._checkpoint_connector.dump_checkpoint()
-            progress = saved["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            passes = trainer.fit_loop._combined_loader._iterator
+            assert len(passes.iterables) == len(passes.iterators) == 1
+            assert callable(trainer.fit_loop.epoch_loop._update_learning_rates)
+            saved = trainer.fit_loop.state_dict()
+            assert saved["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]["total"]
+            progress = saved["epoch_loop.batch_progress"]
             assert progress["total"]["ready"] == progress["current"]["ready"] == batch_idx + 1
             looks.append(batch_idx)
 

@@ -7,7 +7,7 @@ it is full are candidates, all of them, until they disagree (a feature dimension
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch.utils.data import (
@@ -23,6 +23,7 @@ from torch.utils.data import (
 )
 
 from lightning_lamb.callbacks.batch_sizes import Place, places, shared_sizes
+from lightning_lamb.callbacks.micro_batch import loader_batch_size
 from lightning_lamb.errors import BatchSizeError, InvalidOptionError
 from lightning_lamb.lightning_seams import Trainer, present_loaders
 
@@ -44,6 +45,7 @@ class SampleCounter:
         self._drawn: tuple[int, int] | None = None  # batch size and samples of an epoch, where the loader's are known
         self._dimensions = 2
         self._batches = True
+        self._parts: dict[int, SampleCounter] | None = None
 
     def count(self, trainer: Trainer, batch: Any, batch_idx: int) -> int:
         """The samples of one micro-batch. No tensor is read, only its shape.
@@ -60,7 +62,19 @@ class SampleCounter:
         loaders = present_loaders(trainer)
         if loaders is not self._loaders:
             self._loaders = loaders
-            self._look_at([] if loaders is None else list(loaders.flattened))
+            self.look_at([] if loaders is None else list(loaders.flattened))
+            self._parts = _parts_that_count(loaders, self.micro_batch_size)
+        if self._parts is not None:
+            batches = _batches_of_loaders(batch, loaders.iterables)
+            if len(batches) == len(loaders.flattened):
+                return sum(
+                    0 if batches[index] is None else counter.count_batch(batches[index], batch_idx)
+                    for index, counter in self._parts.items()
+                )
+        return self.count_batch(batch, batch_idx)
+
+    def count_batch(self, batch: Any, batch_idx: int) -> int:
+        """The samples of the batch of one loader, or of all that need not be told apart."""
         full = self.micro_batch_size
         drawn: int | None = None
         if self._drawn is not None:
@@ -82,7 +96,7 @@ class SampleCounter:
                 return found
         return self._find(batch, drawn, full or drawn or 1)
 
-    def _look_at(self, loaders: list[Any]) -> None:
+    def look_at(self, loaders: list[Any]) -> None:
         """Notes what the dataloaders tell."""
         self._candidates, self._drawn = (), None
         self._dimensions = 1 if loaders and all(_collates_by_default(loader) for loader in loaders) else 2
@@ -142,6 +156,38 @@ class SampleCounter:
         if shared and min(shared) > full:
             raise BatchSizeError(_too_many(min(shared), full, _having(min(shared), sizes)))
         return None
+
+
+def _parts_that_count(loaders: Any, micro_batch_size: int | None) -> dict[int, SampleCounter] | None:
+    """Which of several dataloaders give the samples that a micro-batch counts, where they have different sizes.
+
+    Returns:
+        A counter for each, by its place among the loaders: the first whose batches are micro-batches, or all, if their
+        batches together are one. None: they need not be told apart.
+    """
+    flattened = [] if loaders is None else list(loaders.flattened)
+    sizes = [loader_batch_size(loader) for loader in flattened]
+    known = [size for size in sizes if size is not None]
+    if micro_batch_size is None or len(known) < max(2, len(sizes)) or set(known) == {micro_batch_size}:
+        return None
+    chosen = [index for index, size in enumerate(known) if size == micro_batch_size][:1]
+    if not chosen and sum(known) == micro_batch_size:
+        chosen = list(range(len(known)))
+    parts = {index: SampleCounter(known[index]) for index in chosen}
+    for index, counter in parts.items():
+        counter.look_at([flattened[index]])
+    return parts or None
+
+
+def _batches_of_loaders(batch: Any, iterables: Any) -> list[Any]:
+    """The batch of each dataloader, in the order of ``CombinedLoader.flattened``; shorter if the batch was rebuilt."""
+    if isinstance(iterables, Mapping) and isinstance(batch, Mapping):
+        pairs = [(batch[key], inner) for key, inner in iterables.items() if key in batch]
+    elif isinstance(iterables, (list, tuple)) and isinstance(batch, (list, tuple)):
+        pairs = list(zip(batch, iterables))
+    else:
+        return [] if isinstance(iterables, (Mapping, list, tuple)) else [batch]
+    return [part for one, inner in pairs for part in _batches_of_loaders(one, inner)]
 
 
 def samples_in(batch: Any) -> int:

@@ -48,4 +48,4 @@ class MissingDependencyError(LightningLambError, ImportError):
 
 
 class RankDisagreementError(LightningLambError, RuntimeError):
-    """Ranks that share layers were given different ones, or different options for them."""
+    """Ranks that train together were given different layers, options, batches or lengths."""

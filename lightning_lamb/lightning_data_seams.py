@@ -113,3 +113,8 @@ def steps_ahead(trainer: Trainer) -> int:
     drop_train_data_before_resume(trainer)
     left = total - steps_before(trainer)
     return left if left > 0 else total
+
+
+def training_step_takes_iterator(trainer: Trainer) -> bool:
+    """Whether it is ``training_step(self, dataloader_iter)``, whose batch hooks do not see. Reads ``_data_fetcher``."""
+    return hasattr(trainer.fit_loop._data_fetcher, "iterator_wrapper")

@@ -42,6 +42,11 @@ def refuse_conflicts(trainer: Trainer, module: LightningModule, own_accumulation
             "with manual optimization the module decides itself when to step. Remove LargeBatch and accumulate in "
             "training_step (lightning_lamb.scaling.accumulate_grad_batches tells how often), or switch to automatic."
         )
+    if trainer.limit_train_batches == 0:
+        raise ConflictError(
+            "Trainer(limit_train_batches=0) trains on nothing: LargeBatch has no window to announce. Remove it "
+            "for such a run, or allow at least one batch."
+        )
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name, (what, remedy) in DECIDES_TOO.items():
             if any(kind.__name__ == name for kind in type(callback).__mro__):
@@ -117,21 +122,6 @@ def refuse_no_optimizer(trainer: Trainer, optimizers: Sequence[Optimizer], *, ne
         )
 
 
-def refuse_repeated_closures(optimizers: Iterable[Optimizer]) -> None:
-    """Refuses an optimizer that computes loss and gradients several times in one step.
-
-    Raises:
-        ConflictError: LBFGS: its closure repeats the last micro-batch of a window alone.
-    """
-    for optimizer in optimizers:
-        if isinstance(optimizer, LBFGS):
-            raise ConflictError(
-                f"{type(optimizer).__name__} calls its closure several times in a step, and Lightning's closure is the "
-                "last micro-batch of a window alone: what it would minimise is not the loss of the global batch. Use "
-                "another optimizer beside LargeBatch, or LBFGS with manual optimization and without LargeBatch."
-            )
-
-
 def refuse_double_clipping(trainer: Trainer, optimizers: Iterable[Optimizer]) -> None:
     """Refuses gradients that would be clipped by the Trainer and then again by the optimizer.
 
@@ -171,3 +161,18 @@ def refuse_hybrid_resume(strategy: Any) -> None:
             "checkpoint there, for every optimizer. Continue with FULL_SHARD (it reads the same checkpoint), with "
             'FSDP2 on a 2-D mesh, or, on GPUs, save with state_dict_type="full".'
         )
+
+
+def refuse_repeated_closures(optimizers: Iterable[Optimizer]) -> None:
+    """Refuses an optimizer that computes loss and gradients several times in one step.
+
+    Raises:
+        ConflictError: LBFGS: its closure repeats the last micro-batch of a window alone.
+    """
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            raise ConflictError(
+                f"{type(optimizer).__name__} calls its closure several times in a step, and Lightning's closure is the "
+                "last micro-batch of a window alone: what it would minimise is not the loss of the global batch. Use "
+                "another optimizer beside LargeBatch, or LBFGS with manual optimization and without LargeBatch."
+            )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
+from torch.optim import Optimizer
 
 from lightning_lamb.errors import ConflictError
 from lightning_lamb.lightning_seams import Callback, LightningModule, Trainer, closes_window
@@ -22,7 +23,8 @@ class DeferredGradientSync(Callback):
     (2 in bf16-true) instead of that divided by the number of ranks. Communication of weights stays as it is.
 
     Raises:
-        ConflictError: there is no FSDP2 module (``fully_shard``), so there is nothing to defer.
+        ConflictError: there is no FSDP2 module (``fully_shard``), so there is nothing to defer; or an epoch ended
+            inside a window.
     """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -34,10 +36,35 @@ class DeferredGradientSync(Callback):
                 "gradients itself: remove the callback."
             )
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._modules: list[Any] = []
+        self._held = False
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Finds the modules once."""
+        self._modules, self._held = list(_fsdp2_modules(pl_module)), False
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Communicates the gradients of this micro-batch only if an optimizer step follows it."""
-        for module in _fsdp2_modules(pl_module):
-            module.set_requires_gradient_sync(closes_window(trainer), recurse=False)
+        communicates = closes_window(trainer)
+        for module in self._modules:
+            module.set_requires_gradient_sync(communicates, recurse=False)
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Refuses to go on where a window was left open: FSDP2 would add what it held to the next one."""
+        if self._held:
+            raise ConflictError(
+                "DeferredGradientSync: an epoch ended inside a window (-1 from on_train_batch_start?), and FSDP2 holds "
+                "its gradients where zero_grad does not reach: the next window would contain them. End epochs where a "
+                "window ends, or remove DeferredGradientSync."
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes whether gradients are held back."""
+        self._held = bool(self._modules) and not closes_window(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the module as it was."""

@@ -25,11 +25,11 @@ from lightning_lamb.callbacks.exact_resume import ExactResume
 from lightning_lamb.callbacks.late_gradients import LateGradients
 from lightning_lamb.callbacks.live_parameters import LiveParameters
 from lightning_lamb.callbacks.plan_change import plan_differences, refuse_changed_plan
-from lightning_lamb.callbacks.position import Position, write_position
+from lightning_lamb.callbacks.position import Position, begin_stage_at, write_position
 from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
 from lightning_lamb.callbacks.promised_rates import PromisedRates
-from lightning_lamb.callbacks.promised_samples import check_window
+from lightning_lamb.callbacks.promised_samples import PromisedSamples
 from lightning_lamb.callbacks.state_names import name_optimizer_states
 from lightning_lamb.callbacks.step_clock import StepClock
 from lightning_lamb.callbacks.summary import DerivedBatch, describe, describe_batch, describe_stages, describe_windows
@@ -104,6 +104,8 @@ class LargeBatch(Callback):
     Raises:
         BatchSizeError: The global batch does not divide, the accumulation is longer than an epoch, or the micro-batch
             is unknown or contradicted by the data.
+        RankDisagreementError: Ranks derived different numbers.
+        PromiseError: What trains is not what was announced, with check="error".
         PlanError: The warm-up does not fit, the length of the training is unknown, or a checkpoint's plan differs.
         ConflictError: Something else sets the accumulation, clips gradients a second time, or owns the warm-up.
         InvalidOptionError: An option is out of range.
@@ -137,7 +139,8 @@ class LargeBatch(Callback):
         self.rules = BatchRules.of(*given, recipe) if self.stage_options is None else self.stage_options.rules
         one_size = micro_batch_size if self.stage_options is None else None
         micro = None if one_size is None else whole_number("micro_batch_size", one_size)
-        self._batch = PresentBatch(self.rules, self.stage_options, micro)
+        settings = {"exact_windows": exact_windows, "loss_reduction": loss_reduction}
+        self._batch = PresentBatch(self.rules, self.stage_options, micro, **settings)
         if rewarm_steps is not None and on_plan_change != "rewarm":
             raise InvalidOptionError(f'rewarm_steps={rewarm_steps} has no effect without on_plan_change="rewarm".')
         self.rewarm_steps = None if rewarm_steps is None else whole_number("rewarm_steps", rewarm_steps)
@@ -148,8 +151,8 @@ class LargeBatch(Callback):
         self.scheduler_interval = scheduler_interval
         self.on_plan_change = one_of("on_plan_change", on_plan_change, ("error", "adopt", "rewarm"))
         self._before: LiveParameters | None = None
-        self._window: WindowMean | None = None
         self._late: LateGradients | None = None
+        self._window: WindowMean | None = None
         self.log_window_loss = log_window_loss
         self._forget_setup: Callable[[], None] = lambda: None
         self._resume = ExactResume(exact_resume)
@@ -157,6 +160,7 @@ class LargeBatch(Callback):
         self._position: Position | None = None
         self._promise = Promise(check)
         self._rates, self._clock = PromisedRates(self._promise), StepClock()
+        self._samples = PromisedSamples(self._promise)
 
     # ---- before the optimizers exist
 
@@ -198,7 +202,7 @@ class LargeBatch(Callback):
         self._promise.begin()
         if self._window is not None:
             size = self._batch.batches[index].micro_batch_size
-            self._window = WindowMean(size, self.loss_reduction, self.log_window_loss)
+            self._window = self._window.of_next_stage(size)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -224,6 +228,7 @@ class LargeBatch(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks and takes over the data of an epoch that begins."""
         self._batch.check(trainer)
+        self._samples.begin()
         self._resume.take_loaders(trainer)
 
     # ---- between the optimizers and the checkpoint
@@ -238,9 +243,9 @@ class LargeBatch(Callback):
             if rebound:
                 rank_zero_info(f"LargeBatch: pointed the optimizer at {rebound} parameters that the strategy replaced.")
         refuse_double_clipping(trainer, optimizers)
-        self._clock.follow(optimizers)
         refuse_repeated_closures(optimizers)
         self._late = LateGradients(trainer)
+        self._clock.follow(optimizers)
 
         schedule.set_interval(trainer, pl_module, self.scheduler_interval)
         self._batch.derived = derived = self._rates.announce(
@@ -300,16 +305,10 @@ class LargeBatch(Callback):
         if where:
             position = Position(where["epoch"], where["micro_batches"])
             if self.plan is not None and step in self.plan.ends and self.stage > 0:
-                position = self._begin_stage_at(checkpoint, position)
+                position = begin_stage_at(checkpoint, where, position)
             accumulations = saved["accumulate_grad_batches"], derived.accumulate_grad_batches
             self._position = write_position(checkpoint, position, *accumulations)
             self._resume.load(trainer, self._position, where, checkpoint)
-
-    def _begin_stage_at(self, checkpoint: dict[str, Any], position: Position) -> Position:
-        """A checkpoint from where a stage ended begins an epoch with new dataloaders."""
-        checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
-        checkpoint[POSITION_KEY].pop("loader_states", None)
-        return Position(position.epoch + 1, 0) if position.micro_batches else position
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds position and random numbers, of all ranks. In an open window, those of its start."""
@@ -333,7 +332,7 @@ class LargeBatch(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the plan against the data that was loaded, before the first micro-batch."""
         self._batch.derive(trainer, pl_module)
-        self._batch.check(trainer)
+        self._batch.check_all_ranks(trainer)
         self._clock.start(trainer)
         rewarm = self.on_plan_change, self._rewarm_at, self.rewarm_steps
         self._rewarm_at = self._rates.resume(trainer, self._clock, self.plan, self._position, rewarm)
@@ -359,6 +358,7 @@ class LargeBatch(Callback):
         self._resume.begin_micro_batch(trainer)
         if self._window is not None:
             self._window.expect(trainer, pl_module, batch, batch_idx)
+        self._samples.begin_micro_batch(trainer, pl_module, self.derived, self._window, batch, batch_idx)
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Begins a window where Lightning does."""
@@ -376,10 +376,10 @@ class LargeBatch(Callback):
             self._late.average()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Normalises the window, before the gradients are clipped, and compares it with what was announced."""
+        """Compares the window with what was announced and normalises it, before the gradients are clipped."""
+        self._samples.end_window(trainer, pl_module, self.derived)
         if self._window is not None:
             self._window.close(trainer, pl_module, optimizer)
-        check_window(self._promise, trainer, self.derived, self._window)
         self._rates.check(trainer)
         self._promise.end_window()
 

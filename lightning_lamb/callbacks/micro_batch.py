@@ -6,7 +6,6 @@ import operator
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_lamb.callbacks.summary import DerivedBatch
 from lightning_lamb.errors import BatchSizeError
 from lightning_lamb.lightning_data_seams import combines_in_turn, loaders_in_sight, make_train_loaders
 from lightning_lamb.lightning_seams import Trainer, train_data_source
@@ -39,13 +38,26 @@ def declared_micro_batch(trainer: Trainer) -> int | None:
     return size
 
 
-def micro_batch_of_loaders(trainer: Trainer) -> int:
-    """The micro-batch of the training dataloaders, which are made for it if they do not exist yet.
+def told_micro_batch(trainer: Trainer, *, make_loaders: bool) -> int | None:
+    """The micro-batch as the data tells it: declared, or that of the training dataloaders.
+
+    Args:
+        trainer: after every ``setup``.
+        make_loaders: make dataloaders for it, where they do not exist yet; on every rank, because Lightning waits.
+
+    Returns:
+        None if the dataloaders would tell and are not made.
 
     Raises:
         BatchSizeError: they do not tell, or they differ.
     """
+    declared = declared_micro_batch(trainer)
+    if declared is not None:
+        return declared
     loaders = loaders_in_sight(trainer)
+    _refuse_loaders_in_turn(trainer)
+    if loaders is None and not make_loaders:
+        return None
     sizes = [loader_batch_size(loader) for loader in (make_train_loaders(trainer) if loaders is None else loaders)]
     known = [size for size in sizes if size is not None]
     if len(known) == len(sizes) and len(set(known)) == 1:
@@ -55,7 +67,6 @@ def micro_batch_of_loaders(trainer: Trainer) -> int:
             "LargeBatch cannot tell the micro-batch size: training uses a dataloader without a batch_size. "
             "Give LargeBatch(micro_batch_size=...), the samples per forward pass and rank."
         )
-    _refuse_unlike_in_turn(trainer, known)
     raise BatchSizeError(
         f"LargeBatch cannot tell the micro-batch size: training uses several dataloaders of different sizes, {known}. "
         f"Say which samples count: LargeBatch(micro_batch_size=...) with {_choices(known)}."
@@ -75,8 +86,7 @@ def refuse_other_micro_batch(trainer: Trainer, micro_batch_size: int, told_by: s
     """
     sizes = [loader_batch_size(loader) for loader in loaders_in_sight(trainer) or []]
     known = [size for size in sizes if size is not None]
-    if len(set(known)) > 1:
-        _refuse_unlike_in_turn(trainer, known)
+    _refuse_loaders_in_turn(trainer)
     if not known or set(known) == {micro_batch_size}:
         return
     if len(sizes) == 1:
@@ -112,25 +122,6 @@ def refuse_changed_loader(trainer: Trainer, micro_batch_size: int) -> None:
         )
 
 
-def refuse_short_epoch(batches: float, derived: DerivedBatch) -> None:
-    """Compares a window with the epoch.
-
-    Args:
-        batches: micro-batches per epoch and rank.
-        derived: the batch that was planned.
-
-    Raises:
-        BatchSizeError: the window is longer.
-    """
-    if batches < derived.accumulate_grad_batches:
-        largest = int(batches) * derived.micro_batch_size * derived.data_parallel_size
-        raise BatchSizeError(
-            f"global_batch_size={derived.global_batch_size} needs {derived.accumulate_grad_batches} micro-batches per "
-            f"optimizer step, but an epoch has {batches} per rank: a step would end with the epoch, on fewer samples. "
-            f"Use a global batch of at most {largest}, or more data per epoch (limit_train_batches cuts it too)."
-        )
-
-
 def loader_batch_size(loader: Any) -> int | None:
     """The samples per batch of a dataloader, or None if it does not tell."""
     size = _whole(getattr(loader, "batch_size", None))
@@ -148,12 +139,12 @@ def _choices(sizes: Sequence[int]) -> str:
     return f"{each} (that loader's samples) or {sum(sizes)} (all)"
 
 
-def _refuse_unlike_in_turn(trainer: Trainer, sizes: Sequence[int]) -> None:
-    """Refuses loaders of different sizes that are used one after the other: no accumulation fits both."""
+def _refuse_loaders_in_turn(trainer: Trainer) -> None:
+    """Refuses what Lightning's ``fit`` does not take, before advising on its batch sizes."""
     if combines_in_turn(trainer):
         raise BatchSizeError(
-            f"the CombinedLoader's mode is 'sequential', and its dataloaders give batches of {list(sizes)}: LargeBatch "
-            "accumulates for one micro-batch size. Give them the same batch_size."
+            "CombinedLoader(mode='sequential') cannot be trained on: Lightning's fit takes 'min_size', 'max_size' and "
+            "'max_size_cycle'. To use datasets one after the other, join them: torch.utils.data.ConcatDataset."
         )
 
 

@@ -106,6 +106,13 @@ def position_of_stranger(checkpoint: dict[str, Any], accumulation: int, *, round
     return Position(epoch, start)
 
 
+def begin_stage_at(checkpoint: dict[str, Any], where: dict[str, Any], position: Position) -> Position:
+    """The position of a checkpoint from where a stage ended: it begins an epoch, with new dataloaders."""
+    checkpoint["loops"]["fit_loop"]["state_dict"].pop("combined_loader", None)
+    where.pop("loader_states", None)
+    return Position(position.epoch + 1, 0) if position.micro_batches else position
+
+
 def write_position(
     checkpoint: dict[str, Any], position: Position, saved_accumulation: int, accumulation: int
 ) -> Position:

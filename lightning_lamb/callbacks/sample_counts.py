@@ -24,7 +24,8 @@ from torch.utils.data import (
 
 from lightning_lamb.callbacks.batch_sizes import Place, places, shared_sizes
 from lightning_lamb.callbacks.micro_batch import loader_batch_size
-from lightning_lamb.errors import BatchSizeError, InvalidOptionError
+from lightning_lamb.errors import BatchSizeError, ConflictError, InvalidOptionError, LightningLambError
+from lightning_lamb.lightning_data_seams import training_step_takes_iterator
 from lightning_lamb.lightning_seams import Trainer, present_loaders
 
 SAMPLERS = (SequentialSampler, RandomSampler, DistributedSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -45,6 +46,7 @@ class SampleCounter:
         self._drawn: tuple[int, int] | None = None  # batch size and samples of an epoch, where the loader's are known
         self._dimensions = 2
         self._batches = True
+        self._takes_iterator = False
         self._parts: dict[int, SampleCounter] | None = None
 
     def count(self, trainer: Trainer, batch: Any, batch_idx: int) -> int:
@@ -57,6 +59,7 @@ class SampleCounter:
 
         Raises:
             BatchSizeError: there are more than `micro_batch_size`.
+            ConflictError: ``training_step`` takes the iterator, and a window has several micro-batches.
             InvalidOptionError: it cannot be told.
         """
         loaders = present_loaders(trainer)
@@ -64,6 +67,9 @@ class SampleCounter:
             self._loaders = loaders
             self.look_at([] if loaders is None else list(loaders.flattened))
             self._parts = _parts_that_count(loaders, self.micro_batch_size)
+            self._takes_iterator = training_step_takes_iterator(trainer)
+        if self._takes_iterator:
+            raise _iterator_error(trainer.accumulate_grad_batches)
         if self._parts is not None:
             batches = _batches_of_loaders(batch, loaders.iterables)
             if len(batches) == len(loaders.flattened):
@@ -201,6 +207,21 @@ def samples_in(batch: Any) -> int:
         if shared and len(shared) == 1:
             return shared.pop()
     raise InvalidOptionError(_unknown(batch, None, places(batch)))
+
+
+def _iterator_error(accumulation: int) -> LightningLambError:
+    """Why nothing can be counted where ``training_step`` fetches the batches itself."""
+    if accumulation > 1:
+        return ConflictError(
+            "training_step(self, dataloader_iter) cannot accumulate: Lightning sets the gradients to zero one "
+            f"micro-batch late there, so {accumulation} micro-batches per optimizer step would lose some. Take (self, "
+            "batch, batch_idx), or make global_batch_size one micro-batch per rank."
+        )
+    return InvalidOptionError(
+        "LargeBatch does not see the batches of training_step(self, dataloader_iter), so it cannot count their "
+        "samples. Call lightning_lamb.callbacks.report_count(self, n) there, take (self, batch, batch_idx), or set "
+        "exact_windows=False."
+    )
 
 
 def _having(size: int, sizes: dict[Place, int]) -> tuple[Place, ...]:

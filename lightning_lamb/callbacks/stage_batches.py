@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from lightning_lamb.callbacks.micro_batch import declared_micro_batch, micro_batch_of_loaders
+from lightning_lamb.callbacks.micro_batch import told_micro_batch
 from lightning_lamb.callbacks.summary import DerivedBatch
 from lightning_lamb.errors import BatchSizeError
 from lightning_lamb.lightning_seams import Trainer, train_data_source
@@ -16,7 +16,7 @@ from lightning_lamb.staged_batches import StagedBatches
 
 
 class StageBatches:
-    """Shares the batch of every stage out among ranks and accumulation.
+    """The micro-batch of every stage.
 
     Args:
         options: what the user said about stages.
@@ -27,30 +27,16 @@ class StageBatches:
         self._told: tuple[Callable[[], Any], int] | None = None
         """Who makes the dataloader (a weak reference), and the micro-batch it told before a stage changed it."""
 
-    def derive(self, trainer: Trainer, plan: StagedBatches, ranks: int) -> list[DerivedBatch]:
-        """The batch of every stage.
+    def micro_batches(self, trainer: Trainer, *, make_loaders: bool) -> list[int] | None:
+        """The micro-batch of every stage: as given, else as the data says.
 
         Args:
-            trainer: after every ``setup``; its dataloader is made if nothing else tells the micro-batch.
-            plan: the stages with their steps.
-            ranks: that see different samples.
+            trainer: after every ``setup``.
+            make_loaders: make dataloaders if nothing else tells.
 
-        Raises:
-            BatchSizeError: one does not divide, or the micro-batch cannot change; the message shows the plan.
+        Returns:
+            None if they would tell and are not made.
         """
-        sizes = self._micro_batches(trainer)
-        _refuse_fixed_micro_batch(trainer, sizes)
-        found = []
-        for index, (stage, size) in enumerate(zip(plan.stages, sizes, strict=True)):
-            try:
-                accumulation = accumulate_grad_batches(stage.global_batch_size, size, ranks)
-            except BatchSizeError as error:
-                raise BatchSizeError(f"stages[{index}]: {error}\n{plan.table()}") from None
-            found.append(DerivedBatch(stage.global_batch_size, size, ranks, accumulation, total_steps=plan.total_steps))
-        return found
-
-    def _micro_batches(self, trainer: Trainer) -> list[int]:
-        """The micro-batch of every stage: as given, else as the data says."""
         number = len(self._options.stages)
         if self._options.micro_batch_sizes:
             sizes = list(self._options.micro_batch_sizes)
@@ -61,10 +47,35 @@ class StageBatches:
         source = train_data_source(trainer)
         # Where stages write the data module's batch_size, a second fit would find what the last stage set.
         if self._told is None or self._told[0]() is not source or not any(given):
-            size = declared_micro_batch(trainer) or micro_batch_of_loaders(trainer)
+            size = told_micro_batch(trainer, make_loaders=make_loaders)
+            if size is None:
+                return None
             self._told = (weakref.ref(source) if hasattr(source, "train_dataloader") else lambda: None, size)
         told = self._told[1]
         return [told if size is None else size for size in given]
+
+
+def share_out_stages(trainer: Trainer, plan: StagedBatches, sizes: list[int], ranks: int) -> list[DerivedBatch]:
+    """Shares the batch of every stage out among ranks and accumulation.
+
+    Args:
+        trainer: after every ``setup``.
+        plan: the stages with their steps.
+        sizes: micro-batch of every stage.
+        ranks: that see different samples.
+
+    Raises:
+        BatchSizeError: one does not divide, or the micro-batch cannot change; the message shows the plan.
+    """
+    _refuse_fixed_micro_batch(trainer, sizes)
+    found = []
+    for index, (stage, size) in enumerate(zip(plan.stages, sizes, strict=True)):
+        try:
+            accumulation = accumulate_grad_batches(stage.global_batch_size, size, ranks)
+        except BatchSizeError as error:
+            raise BatchSizeError(f"stages[{index}]: {error}\n{plan.table()}") from None
+        found.append(DerivedBatch(stage.global_batch_size, size, ranks, accumulation, total_steps=plan.total_steps))
+    return found
 
 
 def _refuse_fixed_micro_batch(trainer: Trainer, sizes: list[int]) -> None:

@@ -82,6 +82,12 @@ class WindowMean:
         self._counts: list[float | Tensor] = []
         self._losses: list[Tensor] = []
 
+    def of_next_stage(self, micro_batch_size: int) -> WindowMean:
+        """For a stage with another micro-batch; what it logs is still logged in the same place."""
+        following = WindowMean(micro_batch_size, self.loss_reduction, self._loss_name)
+        following._log = self._log
+        return following
+
     # ---- micro-batches
 
     @property
@@ -93,6 +99,11 @@ class WindowMean:
     def counts_reports(self) -> bool:
         """Whether the count is what ``report_count`` says, and not samples."""
         return bool(self._reported)
+
+    @property
+    def samples(self) -> int | None:
+        """Of the present micro-batch; None where they cannot be told or other things are counted."""
+        return None if self._reported or not isinstance(self._counted, int) else self._counted
 
     def begin(self) -> None:
         """Lightning has set the gradients to zero: what was added up until now is in no optimizer step."""
@@ -110,6 +121,8 @@ class WindowMean:
         if not self._reported:
             try:
                 self._counted = self._samples.count(trainer, batch, batch_idx)
+            except ConflictError:
+                raise
             except LightningLambError as error:  # training_step may call report_count
                 self._counted = error
 

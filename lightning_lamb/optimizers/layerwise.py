@@ -291,28 +291,38 @@ class LayerwiseOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what `state_dict` returned; float32 masters and moments of half-precision parameters are not rounded.
 
+        Where both sides know the names of parameters, state goes by name, else by position; ``param_names`` stay.
+
         Args:
             state_dict: of the same class, with the same groups and shapes.
 
         Raises:
-            StateDictError: another class, other groups or other shapes; nothing is changed then.
+            StateDictError: another class, other groups, names or shapes; nothing is changed then.
         """
         received: list[dict[str, Any]] = []
 
-        def check(_: Optimizer, found: dict[str, Any]) -> None:  # after the user's own hooks have had their say
-            required = ("step", *self.moment_keys())
-            state.check_state_dict(found, self.param_groups, self.signature, required, type(self).__name__)
-            received.append(found)
+        def check(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            required, owner = ("step", *self.moment_keys()), type(self).__name__
+            received.append(state.check_state_dict(found, self.param_groups, self.signature, required, owner))
+            return received[0]
 
-        handle = self.register_load_state_dict_pre_hook(check)
+        def restore(_: Optimizer) -> None:
+            state.restore_full_precision(self.state, self.param_groups, received[0])
+            state.restore_steps(self.state)
+            self._reset()
+
+        # The user's own hooks have their say before the check, and after the restoration.
+        check_hook = self.register_load_state_dict_pre_hook(check)
+        restore_hook = self.register_load_state_dict_post_hook(restore, prepend=True)
         try:
             with self._host.explaining(self.param_groups):
                 super().load_state_dict(state_dict)
         finally:
-            handle.remove()
-        state.restore_full_precision(self.state, self.param_groups, received[0])
-        state.restore_steps(self.state)
-        self._reset()
+            check_hook.remove()
+            restore_hook.remove()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "exemptions": self.exemptions}
 
     def __setstate__(self, pickled: dict[str, Any]) -> None:
         super().__setstate__(pickled)

@@ -280,7 +280,7 @@ class ShardedStateOptimizer(Optimizer):
             state_dict = hook(self, state_dict) or state_dict
         kind = type(self._template)
         keys = ("step", *self._template.moment_keys())
-        state.check_state_dict(state_dict, self.param_groups, kind.signature, keys, kind.__name__)
+        state_dict = state.check_state_dict(state_dict, self.param_groups, kind.signature, keys, kind.__name__)
         inner = self._built()
         saved_keys = [key for group in state_dict["param_groups"] for key in group["params"]]
         cut = {

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_lamb.errors import ConflictError, StateDictError
+from lightning_lamb.optimizers.names import ordered_by_name
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
 FULL_PRECISION_KEYS = ("exp_avg", "exp_avg_sq", "master_weight")
@@ -93,8 +94,8 @@ def check_state_dict(
     signature: frozenset[str],
     required: Sequence[str],
     owner: str,
-) -> None:
-    """Refuses a state dict that is not one of this optimizer's, before anything is loaded.
+) -> dict[str, Any]:
+    """The state dict in the order of this optimizer's parameters (see `names`); refuses one that is not of its kind.
 
     Args:
         state_dict: as `torch.optim.Optimizer.state_dict` makes it.
@@ -103,11 +104,15 @@ def check_state_dict(
         required: keys that the state of a stepped parameter has.
         owner: its class name.
 
+    Returns:
+        A copy that shares its tensors.
+
     Raises:
-        StateDictError: other class, other groups, other shapes.
+        StateDictError: other class, other groups, other names, other shapes.
     """
     if not {"state", "param_groups"} <= set(state_dict):
         raise StateDictError(f"This is no optimizer state dict: it has the keys {sorted(map(str, state_dict))}.")
+    state_dict = ordered_by_name(state_dict, groups, owner)
     saved_groups = state_dict["param_groups"]
     if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in groups]:
         raise StateDictError(
@@ -129,6 +134,7 @@ def check_state_dict(
             _check_tensors(
                 state_dict["state"].get(key, {}), parameter, str(name or f"parameter {key}"), owner, required
             )
+    return state_dict
 
 
 def restore_full_precision(

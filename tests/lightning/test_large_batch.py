@@ -271,6 +271,12 @@ def test_everything_else_that_sets_the_accumulation_is_refused() -> None:
         fit(Regression(), LargeBatch(8), accumulate_grad_batches=2)
 
 
+def test_a_trainer_that_trains_on_nothing_is_refused() -> None:
+    """It was told that its dataset has no length."""
+    with pytest.raises(ConflictError, match=r"limit_train_batches=0\) trains on nothing"):
+        fit(Regression(), LargeBatch(8, warmup_steps=1), limit_train_batches=0)
+
+
 def test_manual_optimization_is_refused() -> None:
     module = Regression()
     module.automatic_optimization = False

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,8 @@ def fit(module: Any, **options: Any) -> Any:
 def effect(optimizer: Any) -> dict[str, tuple[float, bool]]:
     """Name -> (weight decay, whether it has a trust ratio), as the optimizer really steps."""
     slots = optimizer.plan().slots
-    return {slot.piece.layer.name: (slot.weight_decay, slot.adapt) for slot in slots}
+    decays = [0.0 if slot.exempt else optimizer.param_groups[slot.group]["weight_decay"] for slot in slots]
+    return {slot.piece.layer.name: (decay, slot.adapt) for slot, decay in zip(slots, decays)}
 
 
 SAID: list[tuple[Any, dict[str, Any]]] = [
@@ -251,3 +254,12 @@ def test_a_late_group_without_names_is_taken_with_or_without_an_annotated_module
         second.weight.grad = torch.ones(2, 2)
         optimizer.step()
         assert not torch.equal(before, second.weight)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_a_copy_of_an_optimizer_treats_late_groups_by_the_same_rules(copied: Any) -> None:
+    model = Model()
+    model.net[0].requires_grad_(False)
+    optimizer = copied(Lamb(lamb_param_groups(model, rules=GroupRules(no_adapt_names=["net.0.weight"]))))
+    optimizer.add_param_group({"params": [("net.0.weight", nn.Parameter(torch.ones(3, 3)))]})
+    assert effect(optimizer)["net.0.weight"] == (0.01, False)

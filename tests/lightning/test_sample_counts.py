@@ -165,7 +165,7 @@ def test_a_packed_row_without_a_length_is_asked_about() -> None:
 def counts(batches: list[Any], micro: int = MICRO, loader: Any = None) -> list[int]:
     """What is counted in the micro-batches of one epoch."""
     loaders = None if loader is None else CombinedLoader(loader, "min_size")
-    trainer: Any = SimpleNamespace(fit_loop=SimpleNamespace(_combined_loader=loaders))
+    trainer: Any = SimpleNamespace(fit_loop=SimpleNamespace(_combined_loader=loaders, _data_fetcher=None))
     counter = SampleCounter(micro)
     return [counter.count(trainer, batch, index) for index, batch in enumerate(batches)]
 

@@ -168,6 +168,24 @@ def test_the_window_loss_is_the_mean_over_the_window(tmp_path: Path) -> None:
     assert logged == pytest.approx(expected, rel=1e-5)
 
 
+def test_the_window_loss_of_a_logging_step_is_not_shown_for_ever(tmp_path: Path) -> None:
+    """What the last step of a stage logged stood in callback_metrics for all later steps."""
+
+    class Watched(Staged):
+        shown: list[float]
+
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.shown.append(float(self.trainer.callback_metrics.get("train_loss_window", -1.0)))
+
+    module = Watched()
+    module.shown = []
+    train_staged(module, logger=CSVLogger(tmp_path), log_every_n_steps=3, **LIMITS)
+    losses = [float(loss) for loss in module.losses]
+    ends = [4, 8, 10, 14, 18, 22, 26]
+    expected = [sum(losses[begin:end]) / (end - begin) for begin, end in zip([0, *ends], ends)]
+    assert [module.shown[end - 1] for end in ends] == pytest.approx(expected, rel=1e-5)
+
+
 # ---- what is refused, before training
 
 
@@ -190,6 +208,19 @@ def test_stages_that_do_not_fit_the_trainer_show_the_plan() -> None:
 def test_a_stage_that_does_not_divide_names_the_nearest_batch() -> None:
     stages = [STAGES[0], {**STAGES[1], "global_batch_size": 9, "micro_batch_size": 2}]
     refused(BatchSizeError, r"stages\[1\]: global_batch_size=9.*8 or 10(?s:.*)in all 7 optimizer steps", stages=stages)
+
+
+def test_a_later_stage_that_needs_more_samples_than_there_are_is_refused_at_once() -> None:
+    """It was found when that stage began, hundreds of steps later."""
+    stages = [{"steps": 100, "global_batch_size": 8}, {"steps": 2, "global_batch_size": 32}]
+    refused(BatchSizeError, r"stages\[1\]: global_batch_size=32 needs 32.*epoch has 20(?s:.*)in all 102", stages=stages)
+    for one, two in ((4, 2), (2, 8)):  # 20 samples are 10 or 3 of them
+        changing = [{**stages[0], "micro_batch_size": one}, {**stages[1], "micro_batch_size": two}]
+        refused(BatchSizeError, rf"stages\[1\]: .* needs {32 // two}", stages=changing)
+    loader = DataLoader(Noisy(3, False), 2)
+    with pytest.raises(BatchSizeError, match=r"micro-batches of \[2, 1\], but fit was given a DataLoader"):
+        plain = [{name: value for name, value in stage.items() if name != "data"} for stage in STAGES]
+        quiet_trainer(callbacks=[LargeBatch(stages=plain)]).fit(Staged(), loader)
 
 
 def test_a_data_module_without_the_option_is_refused_with_what_it_has() -> None:

@@ -128,12 +128,9 @@ class Data(LightningDataModule):
         return Positioned(ranks["rank"], ranks["num_replicas"])
 
 
-class Module(LambMixin, LightningModule):
-    lamb_lr = 0.02
-    lamb_options = {"weight_decay": 0.1}
+class Training(LightningModule):
     layout = "single"
     ranks = 1
-    stock = False
     overflow_at: int | None = None
     """Batch whose loss is infinite, on the last rank only."""
 
@@ -143,10 +140,6 @@ class Module(LambMixin, LightningModule):
         self.net = Net(WIDTH)
         self.sharded = False
         self.result = Result()
-        self.early = Lamb(self.parameters(), lr=0.02, weight_decay=0.1) if self.stock else None
-
-    def configure_optimizers(self) -> Any:
-        return self.early or super().configure_optimizers()
 
     def configure_model(self) -> None:
         if not self.sharded and self.layout in SHARD:
@@ -184,6 +177,22 @@ class Module(LambMixin, LightningModule):
             held = {"weight": parameter} | entry
             self.result.local |= {f"{name} {key}": local_part(value).clone() for key, value in held.items()}
         self.result.weights = whole_weights(self.trainer.strategy.model, self.net)
+
+
+class Module(LambMixin, Training):
+    lamb_lr = 0.02
+    lamb_options = {"weight_decay": 0.1}
+
+
+class Stock(Training):
+    """Its optimizer is there before the model is wrapped, as with the stock LightningCLI."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = Lamb(self.parameters(), lr=0.02, weight_decay=0.1)
+
+    def configure_optimizers(self) -> Any:
+        return self.early
 
 
 class Counting(Callback):
@@ -241,7 +250,11 @@ def callbacks_of(job: Job, counting: Counting, root: str) -> list[Any]:
 
 def run_job(job: Job, root: str = "") -> Result:
     attributes = {"layout": job.layout, "ranks": job.ranks, "lamb_shard_optimizer_state": job.layout == "zero1"}
-    module = type("Case", (Module,), attributes | {"stock": "stock" in job.extra} | dict(job.module))()
+    kind: Any = Module
+    if "stock" in job.extra:
+        kind = Stock
+        del attributes["lamb_shard_optimizer_state"]
+    module = type("Case", (kind,), attributes | dict(job.module))()
     counting = Counting()
     trainer = Trainer(
         accelerator="cpu",

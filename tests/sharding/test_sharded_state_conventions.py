@@ -261,3 +261,28 @@ def test_frozen_unfrozen_and_idle_layers_end_as_in_the_unsharded_optimizer_on_al
         assert "process group means nothing" in found["refused"]
         with pytest.raises(StateDictError, match=r"of 2; here is rank 0 of 1.*state_dict"):
             pickle.loads(found["pickled"])
+
+
+def state_by_name_on_ranks() -> dict[str, bool]:
+    """Worker: every rank has its own order; the state of rank 0 is loaded on all, and training goes on."""
+    own, alone = layers(), layers()
+    order = list(own.items())
+    reverse = dist.get_rank() == 1
+    plain = Lamb(alone.items(), lr=0.1)
+    optimizer = ShardedStateOptimizer(order[::-1] if reverse else order, Lamb, lr=0.1)
+    for step in range(4):
+        if step == 2:
+            optimizer.consolidate_state_dict()
+            saved = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+            dist.broadcast_object_list(saved)
+            optimizer = ShardedStateOptimizer(order[::-1] if reverse else order, Lamb, lr=0.3)
+            optimizer.load_state_dict(saved[0])
+        for parameters, each in ((own, optimizer), (alone, plain)):
+            give(parameters.values(), step)
+            each.step()
+    return {name: bool(torch.allclose(own[name], alone[name], rtol=1e-5, atol=1e-7)) for name in own}
+
+
+def test_a_checkpoint_of_rank_0_continues_on_ranks_with_another_order():
+    for found in run_ranks(state_by_name_on_ranks, 2, timeout=60):
+        assert all(found.values()), found

@@ -215,7 +215,7 @@ class ExactResume:
         if not closed:
             self._buffers.write(checkpoint)
             if position.micro_batches:  # a run without LargeBatch continues there too
-                same = trainer.accumulate_grad_batches
+                same = trainer.accumulate_grad_batches, 1
                 write_position(checkpoint, position, same, same)
         loops = checkpoint.get("loops", {}).get("fit_loop", {}).get("state_dict", {})
         if not closed or "combined_loader" not in loops:  # after trainer.test there are no loaders any more
@@ -258,7 +258,7 @@ class ExactResume:
         """Remembers where in an epoch a run without LargeBatch was; see `position_of_stranger`."""
         position = position_of_stranger(checkpoint, trainer.accumulate_grad_batches, rounds_down=rounds_down)
         if position is not None:
-            self.load(trainer, write_position(checkpoint, position, 1, 1), {}, checkpoint)
+            self.load(trainer, write_position(checkpoint, position, (1, 1), (1, 1)), {}, checkpoint)
         return position
 
 

@@ -259,7 +259,7 @@ class LargeBatch(Callback):
     @property
     def _follows_own_plan(self) -> bool:
         """Whether the schedule in a checkpoint may be another one."""
-        return self.on_plan_change != "error" or self._rewarm_at is not None
+        return self.on_plan_change != "error" or self._rewarm_at is not None or self._rates.adopted
 
     def _print(self, trainer: Trainer, derived: DerivedBatch) -> None:
         """The one summary."""
@@ -294,20 +294,20 @@ class LargeBatch(Callback):
         if self.plan is not None and self.plan.at(step) != self.stage:
             self._enter_stage(trainer, self.plan.at(step))
             derived = self._batch.derive(trainer, pl_module)
-        self._rates.load(checkpoint, saved)
+        self._rates.load(checkpoint, saved, adopts=bool(differences))
         if saved is None:
             self._position = self._resume.load_stranger(trainer, checkpoint, rounds_down=self.on_plan_change != "error")
             return
         self._rewarm_at = saved["rewarm_at"] if not differences else step if self.on_plan_change == "rewarm" else None
-        if self._rewarm_at is not None:
+        if self._follows_own_plan:
             schedule.permit_other_stages(trainer)
         where = checkpoint.get(POSITION_KEY, {})
         if where:
             position = Position(where["epoch"], where["micro_batches"])
             if self.plan is not None and step in self.plan.ends and self.stage > 0:
                 position = begin_stage_at(checkpoint, where, position)
-            accumulations = saved["accumulate_grad_batches"], derived.accumulate_grad_batches
-            self._position = write_position(checkpoint, position, *accumulations)
+            both = [(one["accumulate_grad_batches"], one["global_batch_size"]) for one in (saved, vars(derived))]
+            self._position = write_position(checkpoint, position, *both)
             self._resume.load(trainer, self._position, where, checkpoint)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -348,6 +348,7 @@ class LargeBatch(Callback):
             **dataclasses.asdict(self.derived),
             "learning_rates": list(self.derived.learning_rates),
             "rewarm_at": self._rewarm_at,
+            "adopted": self._rates.adopted,
             "skipped_steps": self._clock.skipped,
         }
 

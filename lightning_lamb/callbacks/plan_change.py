@@ -11,7 +11,7 @@ from lightning_lamb.batch_rules import BatchRules
 from lightning_lamb.callbacks.position import Position
 from lightning_lamb.callbacks.schedule import staged_warmup_of
 from lightning_lamb.errors import PlanError
-from lightning_lamb.lightning_seams import Trainer, batches_per_epoch, steps_per_epoch
+from lightning_lamb.lightning_seams import Trainer, batches_per_epoch, steps_per_epoch, total_optimizer_steps
 from lightning_lamb.staged_batches import StagedBatches
 from lightning_lamb.stages import Stage, stage_at, total_steps_of
 
@@ -42,15 +42,26 @@ def refuse_changed_plan(differences: Sequence[str], plan: StagedBatches | None) 
         )
 
 
-def length_from(trainer: Trainer, step: int, position: Position | None) -> int:
-    """How many optimizer steps a resumed training makes in all, its steps before with another batch; -1: unknown."""
-    if trainer.max_steps != -1 or position is None or trainer.max_epochs is None:
-        return trainer.max_steps
+def length_from(trainer: Trainer, step: int, position: Position) -> int:
+    """How many optimizer steps a resumed training makes in all, when its steps before had another batch.
+
+    Args:
+        trainer: after its data was loaded.
+        step: optimizer steps done.
+        position: in the data, in this run's micro-batches.
+
+    Raises:
+        PlanError: the training has no end that can be known.
+    """
+    total = total_optimizer_steps(trainer)
+    if trainer.max_epochs in (None, -1):
+        return total
     per_epoch = steps_per_epoch(trainer, batches_per_epoch(trainer))
     if math.isinf(per_epoch):
-        return trainer.max_steps
+        return total
     seen = position.micro_batches // trainer.accumulate_grad_batches
-    return step + int(per_epoch) * (trainer.max_epochs - position.epoch) - seen
+    by_epochs = step + int(per_epoch) * (trainer.max_epochs - position.epoch) - seen
+    return by_epochs if trainer.max_steps == -1 else min(by_epochs, trainer.max_steps)
 
 
 def warm_up_again(trainer: Trainer, step: int, total_steps: int, warmup_steps: int | None) -> None:

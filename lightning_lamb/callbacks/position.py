@@ -114,35 +114,41 @@ def begin_stage_at(checkpoint: dict[str, Any], where: dict[str, Any], position: 
 
 
 def write_position(
-    checkpoint: dict[str, Any], position: Position, saved_accumulation: int, accumulation: int
+    checkpoint: dict[str, Any], position: Position, saved_batch: tuple[int, int], batch: tuple[int, int]
 ) -> Position:
     """Rewrites the progress in a checkpoint so that Lightning continues at a position.
 
     The counters become those of a checkpoint saved at the end of the micro-batch before, or, at the start of an epoch,
     those of a training that finished the epochs before. After 12 micro-batches at accumulation 4 and on half the ranks,
-    accumulation 8, Lightning must believe that it has seen 24.
+    accumulation 8, Lightning must believe that it has seen 24. With another global batch it continues at the last start
+    of a window that it has the samples for: less than one window's samples come again in this epoch, none is left out.
 
     Args:
         checkpoint: ``loops.fit_loop`` in it is modified in place.
         position: in micro-batches of the run that saved it.
-        saved_accumulation: of that run, at that position.
-        accumulation: of this run.
+        saved_batch: accumulation and global batch of that run, at that position.
+        batch: those of this run.
 
     Returns:
         The position in this run's micro-batches.
     """
     loops = checkpoint["loops"]["fit_loop"]
-    begun = 1 if position.micro_batches else 0
+    (saved_accumulation, saved_global), (accumulation, global_batch) = saved_batch, batch
+    seen = position.micro_batches * saved_global // (saved_accumulation * global_batch)  # windows of this run
+    current = seen * accumulation
+    begun = 1 if current else 0
     epochs = loops["epoch_progress"]
-    in_first_window = not begun and epochs["current"]["ready"] > epochs["current"]["processed"] == position.epoch
+    in_first_window = (
+        not position.micro_batches and epochs["current"]["ready"] > epochs["current"]["processed"] == position.epoch
+    )
     earlier = epochs["total"]["processed"] - epochs["current"]["processed"]  # of fits before
     for part, count in (("total", earlier + position.epoch), ("current", position.epoch)):
         epochs[part].update(ready=count + begun, started=count + begun, processed=count, completed=count)
 
     batches = loops["epoch_loop.batch_progress"]
-    rewound = batches["current"]["processed"] - position.micro_batches if begun or in_first_window else 0
-    total = (batches["total"]["processed"] - rewound) * accumulation // saved_accumulation
-    current = position.micro_batches * accumulation // saved_accumulation
+    in_epoch = bool(position.micro_batches) or in_first_window
+    earlier_micro_batches = batches["total"]["processed"] - in_epoch * batches["current"]["processed"]
+    total = current + earlier_micro_batches * accumulation * saved_global // (saved_accumulation * global_batch)
     for part, count in (("total", total), ("current", current)):
         batches[part].update(ready=count, started=count, processed=count, completed=count - begun)
     batches["is_last_batch"] = False

@@ -33,6 +33,7 @@ from lightning_lamb.lightning_scheduler_seams import rate_finder
 from lightning_lamb.lightning_seams import (
     Trainer,
     inner_optimizer,
+    rank_zero_info,
     scheduler_configs,
     total_optimizer_steps,
 )
@@ -59,6 +60,9 @@ class PromisedRates:
         self.factor = 1.0
         self._schedulers: list[Any] = []
         self._optimizer: Optimizer | None = None
+        self.adopted = False
+        """Whether the training changed its plan at a checkpoint, so that its steps before had another batch."""
+        self._fills_length = False
         self._in_checkpoint: tuple[tuple[float, ...], int] | None = None
         self._steps_before = 0
 
@@ -95,6 +99,7 @@ class PromisedRates:
             factors = outstanding_factors(optimizer, schedulers, self.factor)
             refuse_unscalable(schedulers, optimizer, factors)
             multiply_learning_rates(optimizer, schedulers, factors)
+        self._fills_length = stages is None and schedule.needs_total(trainer, rules.asks_for_warmup)
         total, ramp = schedule.complete(trainer, rules, stages, adopts=adopts)
         self._optimizer, self._schedulers = optimizers[0], schedule.schedulers_of(trainer)
         self.note()
@@ -114,13 +119,15 @@ class PromisedRates:
 
     # ---- a checkpoint
 
-    def load(self, checkpoint: Mapping[str, Any], saved: Mapping[str, Any] | None) -> None:
+    def load(self, checkpoint: Mapping[str, Any], saved: Mapping[str, Any] | None, *, adopts: bool) -> None:
         """Notes what a checkpoint says, which is restored later.
 
         Args:
             checkpoint: the Trainer's.
             saved: LargeBatch's state in it, if any.
+            adopts: this run follows another plan from there.
         """
+        self.adopted = adopts or bool((saved or {}).get("adopted", False))
         self._in_checkpoint = tuple((saved or {}).get("learning_rates", ())), len(checkpoint.get("lr_schedulers", []))
 
     def differences(self) -> list[str]:
@@ -196,12 +203,22 @@ class PromisedRates:
                 refuse_changed_plan(differences, plan)
             self.adopt(step)
             at = step if on_plan_change == "rewarm" and at is None else at
+        if at is None and (self.adopted or on_plan_change == "adopt") and self._fills_length:
+            self._follow_length(trainer, self._length(trainer, plan, position))
         if at is not None:
             warm_up_again(trainer, at, self._length(trainer, plan, position), ramp)
         if not trainer.fast_dev_run and self._promise.check != "off":  # type: ignore[attr-defined]
             with contextlib.suppress(PlanError):  # without end: there is nothing to compare
                 self._check_length(trainer, self._length(trainer, plan, position))
         return at
+
+    @staticmethod
+    def _follow_length(trainer: Trainer, length: int) -> None:
+        """Gives the schedule the length of a training whose steps before had another batch."""
+        staged = schedule.staged_warmup_of(trainer)
+        if staged is not None and staged.total_steps != length:
+            staged.set_total_steps(length)
+            rank_zero_info(f"LargeBatch: {length} optimizer steps in all, with those before the plan changed.")
 
     def _length(self, trainer: Trainer, plan: StagedBatches | None, position: Position | None) -> int:
         """Optimizer steps of the training, by the stages, by what was trained with another batch before, or in all."""
@@ -245,7 +262,8 @@ class PromisedRates:
                 ticks,
                 length,
                 "the total_steps it was made with, or a checkpoint of a longer or shorter training",
-                "Give the scheduler the training's length (trainer.estimated_stepping_batches in "
+                (f"Take the {self._steps_before} steps of earlier fits off its length. " if self._steps_before else "")
+                + "Give the scheduler the training's length (trainer.estimated_stepping_batches in "
                 "configure_optimizers is right with LargeBatch; StagedWarmup finds it by itself), or the Trainer the "
                 "schedule's (max_steps, max_epochs).",
             )

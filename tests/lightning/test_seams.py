@@ -104,7 +104,7 @@ def test_progress_is_rewritten_to_a_position_in_this_runs_micro_batches(saved: i
         "epoch_loop.batch_progress": progress,
         "epoch_progress": {"total": dict(epochs), "current": dict(epochs)},
     }
-    where = write_position({"loops": {"fit_loop": loops}}, Position(1, 12), saved, now)
+    where = write_position({"loops": {"fit_loop": loops}}, Position(1, 12), (saved, 8), (now, 8))
     assert where == Position(1, ready)
     for part in ("total", "current"):
         assert progress[part] == {"ready": ready, "started": ready, "processed": ready, "completed": ready - 1}

@@ -55,12 +55,12 @@ def silence_restart_warning() -> Callable[[], None]:
     warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
     added = [entry for entry in warnings.filters if not any(entry is other for other in before)]
 
-    def speak_again() -> None:
+    def restore() -> None:
         for entry in added:
             with contextlib.suppress(ValueError):
                 warnings.filters.remove(entry)  # type: ignore[attr-defined]
 
-    return speak_again
+    return restore
 
 
 def count_steps_for_loggers(trainer: Trainer) -> None:

@@ -24,6 +24,7 @@ from lightning_lamb.stages import (
     plan_difference,
     total_steps_of,
 )
+from lightning_lamb.step_hooks import after_each_step
 
 __all__ = ["Stage", "StagedWarmup", "multiplier"]
 
@@ -201,10 +202,10 @@ class StagedWarmup(LRScheduler):
 
         A GradScaler skips the optimizer where gradients overflowed, and Lightning steps its schedulers all the same.
         LambMixin, LargeBatch and LambCLI call this. No communication: under a GradScaler all ranks skip together.
+        Without effect on an optimizer whose steps torch does not report (see `step_hooks.after_each_step`).
         """
-        if self._optimizer_steps is None:
+        if self._optimizer_steps is None and after_each_step(self.optimizer, self._count_optimizer_step):
             self._optimizer_steps = 0
-            self.optimizer.register_step_post_hook(self._count_optimizer_step)
 
     def step(self, epoch: int | None = None) -> None:
         """Advance to the next optimizer step's learning rate; see `follow_optimizer`."""
@@ -216,7 +217,7 @@ class StagedWarmup(LRScheduler):
             self.tell_end()
         super().step(epoch) if epoch is not None else super().step()
 
-    def _count_optimizer_step(self, optimizer: Any, *_: Any) -> None:
+    def _count_optimizer_step(self, optimizer: Any) -> None:
         if getattr(optimizer, "step_was_skipped", False):  # with fused=True the scaler calls step() all the same
             return
         self._optimizer_steps = (self._optimizer_steps or 0) + 1

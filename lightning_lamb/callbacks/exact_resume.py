@@ -21,7 +21,7 @@ from lightning_lamb.callbacks.position import (
     Position,
     count_micro_batch,
     has_uncounted_micro_batch,
-    position_of_stranger,
+    position_of_foreign,
     present_position,
     write_position,
 )
@@ -49,6 +49,7 @@ from lightning_lamb.lightning_seams import (
     inner_optimizer,
     rank_zero_warn,
 )
+from lightning_lamb.step_hooks import after_each_step
 
 
 class ExactResume:
@@ -73,7 +74,7 @@ class ExactResume:
         self._has_stepped = False
         self._has_states = False
         self._module: LightningModule | None = None
-        self._speak_again: Callable[[], None] = _nothing
+        self._restore_warnings: Callable[[], None] = _nothing
 
     # ---- training
 
@@ -114,19 +115,24 @@ class ExactResume:
                 f"may differ from one that was not stopped: {'; '.join(reasons)}."
             )
         else:
-            self._speak_again = silence_restart_warning()
+            self._restore_warnings = silence_restart_warning()
 
     def _watch_steps(self, trainer: Trainer) -> None:
         """Notes every optimizer step at once: Lightning counts it later, and a checkpoint may be saved in between."""
+        self.stop()
+        self._has_stepped = False
+        hooks = [after_each_step(inner_optimizer(one), self._note_step) for one in trainer.optimizers]
+        self._hooks = [hook for hook in hooks if hook is not None]
+
+    def _note_step(self, _: Any) -> None:
+        self._has_stepped = True
+
+    def stop(self) -> None:
+        """Leaves optimizers and Python's warnings as they were, when a ``fit`` ends or fails."""
         for hook in self._hooks:
             hook.remove()
-        self._has_stepped = False
-
-        def note(*_: Any) -> None:
-            self._has_stepped = True
-
-        inner = [inner_optimizer(optimizer) for optimizer in trainer.optimizers]
-        self._hooks = [made.register_step_post_hook(note) for made in inner if hasattr(made, "register_step_post_hook")]
+        self._hooks = []
+        self._restore_warnings()
 
     def take_loaders(self, trainer: Trainer, states: list[Any] | None = None) -> list[str]:
         """Replaces dataloaders, where there are new ones, and skips what was seen.
@@ -181,7 +187,7 @@ class ExactResume:
             self._randomness.enter()
         if self._first_micro_batch:
             self._first_micro_batch = False
-            self._speak_again()
+            self._restore_warnings()
             count_steps_for_loggers(trainer)
 
     def end_micro_batch(self, trainer: Trainer) -> None:
@@ -254,9 +260,9 @@ class ExactResume:
                 loops["combined_loader"] = of_rank[trainer.global_rank]
         self._restored_states = loops.get("combined_loader", [])
 
-    def load_stranger(self, trainer: Trainer, checkpoint: dict[str, Any], *, rounds_down: bool) -> Position | None:
-        """Remembers where in an epoch a run without LargeBatch was; see `position_of_stranger`."""
-        position = position_of_stranger(checkpoint, trainer.accumulate_grad_batches, rounds_down=rounds_down)
+    def load_foreign(self, trainer: Trainer, checkpoint: dict[str, Any], *, rounds_down: bool) -> Position | None:
+        """Remembers where in an epoch a run without LargeBatch was; see `position_of_foreign`."""
+        position = position_of_foreign(checkpoint, trainer.accumulate_grad_batches, rounds_down=rounds_down)
         if position is not None:
             self.load(trainer, write_position(checkpoint, position, (1, 1), (1, 1)), {}, checkpoint)
         return position

@@ -25,7 +25,7 @@ from lightning_lamb.callbacks.exact_resume import ExactResume
 from lightning_lamb.callbacks.late_gradients import LateGradients
 from lightning_lamb.callbacks.live_parameters import LiveParameters
 from lightning_lamb.callbacks.plan_change import plan_differences, refuse_changed_plan
-from lightning_lamb.callbacks.position import Position, begin_stage_at, write_position
+from lightning_lamb.callbacks.position import POSITION_KEY, Position, begin_stage_at, write_position
 from lightning_lamb.callbacks.present_batch import PresentBatch
 from lightning_lamb.callbacks.promise import Check, Promise
 from lightning_lamb.callbacks.promised_rates import PromisedRates
@@ -54,9 +54,6 @@ from lightning_lamb.lightning_seams import (
 from lightning_lamb.plan_options import PlanOptions
 from lightning_lamb.sharding.annotate import annotate
 from lightning_lamb.staged_batches import StagedBatches
-
-POSITION_KEY = "lightning_lamb_position"
-"""Where a checkpoint holds the position in the data and the random numbers."""
 
 
 class LargeBatch(Callback):
@@ -174,7 +171,7 @@ class LargeBatch(Callback):
         self._clock.forget()
         self._rates, self._clock = PromisedRates(self._promise), StepClock()
         self._batch.begin(trainer)
-        self._rewarm_at, self._position = None, None
+        self._rewarm_at, self._position, self._window, self._late = None, None, None, None
         self._before = LiveParameters(pl_module)
         self._forget_setup()
         self._forget_setup = after_setup(trainer, lambda: self._batch.derive(trainer, pl_module))
@@ -296,7 +293,7 @@ class LargeBatch(Callback):
             derived = self._batch.derive(trainer, pl_module)
         self._rates.load(checkpoint, saved, adopts=bool(differences))
         if saved is None:
-            self._position = self._resume.load_stranger(trainer, checkpoint, rounds_down=self.on_plan_change != "error")
+            self._position = self._resume.load_foreign(trainer, checkpoint, rounds_down=self.on_plan_change != "error")
             return
         self._rewarm_at = saved["rewarm_at"] if not differences else step if self.on_plan_change == "rewarm" else None
         if self._follows_own_plan:
@@ -317,17 +314,20 @@ class LargeBatch(Callback):
             checkpoint[POSITION_KEY] = self._resume.save(trainer, checkpoint)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Puts back what waits for the end of a setup, and notes the learning rates for another ``fit``."""
+        """Puts back what waits for the end of a setup, and what `teardown` does, which Lightning does not call then."""
         self._forget_setup()
-        self._rates.note()
+        self._end_fit(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes the learning rates, for another ``fit`` with the same optimizer."""
+        """Leaves Trainer and optimizer as another ``fit`` with them expects."""
         if stage == "fit":
-            self._rates.note()
-            self._clock.forget()
-            if self.plan is not None and self._clock.skipped:
-                limit_training(trainer, self.plan.total_steps)
+            self._end_fit(trainer)
+
+    def _end_fit(self, trainer: Trainer) -> None:
+        """Notes the learning rates, and takes hooks and a longer length back."""
+        self._rates.note()
+        self._resume.stop()
+        self._clock.stop(trainer, None if self.plan is None else self.plan.total_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks the plan against the data that was loaded, before the first micro-batch."""

@@ -143,13 +143,13 @@ class LoaderOrder:
         epoch, number = self.current.epoch, self.current.number
         return mixed_seed(base, epoch, number) if number else base + epoch
 
-    def seed_generator(self, generator: torch.Generator | None) -> None:
-        """Gives a user's own generator the same numbers in every run of a pass.
+    def seed_generator(self, generator: Any) -> None:
+        """Gives a user's own generator the same numbers in every run of a pass, if it is one of torch's.
 
         They depend on the seed that the user gave it, and on nothing that ranks may not share: some samplers draw the
         same order everywhere, to take each rank's part of it.
         """
-        if generator is None:
+        if not isinstance(generator, torch.Generator):
             return
         given = _entry(self._seeds.generators, self._index)
         if given is None:

@@ -13,6 +13,9 @@ from lightning_lamb.errors import PlanError
 from lightning_lamb.lightning_resume_seams import loop_counters
 from lightning_lamb.lightning_seams import Trainer
 
+POSITION_KEY = "lightning_lamb_position"
+"""Where a checkpoint holds the position in the data and the random numbers."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Position:
@@ -76,7 +79,7 @@ def count_micro_batch(checkpoint: dict[str, Any]) -> None:
         steps[part]["completed"] = steps[part]["ready"]
 
 
-def position_of_stranger(checkpoint: dict[str, Any], accumulation: int, *, rounds_down: bool) -> Position | None:
+def position_of_foreign(checkpoint: dict[str, Any], accumulation: int, *, rounds_down: bool) -> Position | None:
     """Where in an epoch a run without LargeBatch was.
 
     Args:

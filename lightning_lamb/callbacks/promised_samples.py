@@ -105,19 +105,21 @@ class PromisedSamples:
         where = f"optimizer step {trainer.global_step} (epoch {trainer.current_epoch})"
         if micro_batches > announced or (micro_batches < announced and not ends_epoch):
             self._promise.compare(
-                f"micro-batches of {where}",
+                "micro-batches",
                 announced,
                 micro_batches,
                 "a dataloader that gave None for a batch, or a checkpoint from inside a window",
                 "Leave bad samples out in the dataset or in collate_fn; continue from a checkpoint of LargeBatch's.",
+                where=f"of {where}",
             )
         elif not uncounted and (found > full or not ends_epoch):
             self._promise.compare(
-                f"samples of {where} on this rank",
+                "samples",
                 full,
                 found,
                 "a dataloader or batch sampler whose batches vary (a short one in the middle of an epoch, too)",
                 "Use drop_last=True or batches of one size, or count what matters with report_count in training_step.",
+                where=f"of {where} on this rank",
             )
 
 

@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from lightning_lamb.lightning_seams import Trainer, limit_training, rank_zero_warn
+from lightning_lamb.step_hooks import after_each_step
 
 MOST_SKIPPED_IN_A_ROW = 100
 """After so many skipped steps a training is not made longer any more: its gradients overflow at every scale."""
@@ -29,9 +30,12 @@ class StepClock:
         self._hooks: list[RemovableHandle] = []
 
     def follow(self, optimizers: Iterable[Optimizer]) -> None:
-        """Counts the steps of these optimizers from now on."""
+        """Counts the steps of these optimizers from now on, if torch reports the steps of all of them."""
         self.forget()
-        self._hooks = [optimizer.register_step_post_hook(self._count) for optimizer in optimizers]
+        hooks = [after_each_step(optimizer, self._count) for optimizer in optimizers]
+        self._hooks = [hook for hook in hooks if hook is not None]
+        if len(self._hooks) < len(hooks):
+            self.forget()
 
     def forget(self) -> None:
         """Leaves the optimizers alone again."""
@@ -39,13 +43,24 @@ class StepClock:
             hook.remove()
         self._hooks = []
 
+    def stop(self, trainer: Trainer, total_steps: int | None) -> None:
+        """Leaves optimizers and Trainer as they were, when a ``fit`` ends or fails.
+
+        Args:
+            trainer: gets the length back that skipped steps have made longer.
+            total_steps: of a training in stages.
+        """
+        self.forget()
+        if total_steps is not None and self.skipped:
+            limit_training(trainer, total_steps)
+
     def steps(self, trainer: Trainer) -> int:
         """Optimizer steps really taken since the training's first."""
         return trainer.global_step - self.skipped
 
     def start(self, trainer: Trainer) -> None:
-        """Begins to compare, after a checkpoint was restored."""
-        self._seen, self._taken = trainer.global_step, 0
+        """Begins to compare, after a checkpoint was restored; steps that nobody reports count as taken."""
+        self._seen, self._taken = trainer.global_step if self._hooks else None, 0
 
     def end_micro_batch(self, trainer: Trainer, total_steps: int | None) -> None:
         """Notes whether the optimizer took the step that the Trainer counted, if it counted one.
@@ -71,6 +86,6 @@ class StepClock:
                 "rate."
             )
 
-    def _count(self, optimizer: Any, *_: Any) -> None:
+    def _count(self, optimizer: Any) -> None:
         if not getattr(optimizer, "step_was_skipped", False):
             self._taken += 1

@@ -96,11 +96,6 @@ class WindowMean:
         return len(self._counts)
 
     @property
-    def counts_reports(self) -> bool:
-        """Whether the count is what ``report_count`` says, and not samples."""
-        return bool(self._reported)
-
-    @property
     def samples(self) -> int | None:
         """Of the present micro-batch; None where they cannot be told or other things are counted."""
         return None if self._reported or not isinstance(self._counted, int) else self._counted

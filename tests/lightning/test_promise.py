@@ -106,3 +106,17 @@ def test_a_short_window_at_an_epochs_end_and_reported_counts_are_no_false_alarm(
         trainer = quiet_trainer(max_epochs=2, callbacks=[LargeBatch(8)])
         trainer.fit(module, Batches(regression_data(samples), 4))
         assert trainer.global_step > 0
+
+
+def test_a_micro_batch_that_training_step_leaves_out_is_no_false_alarm() -> None:
+    """None from training_step asks Lightning to leave a micro-batch out; the mean is over the others."""
+
+    class LeavesOut(Regression):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            return None if batch_idx == 0 else loss
+
+    module = LeavesOut()
+    trainer = quiet_trainer(max_epochs=1, callbacks=[LargeBatch(8)])
+    trainer.fit(module, Batches(regression_data(32), 4))
+    assert trainer.global_step == 4

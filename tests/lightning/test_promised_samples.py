@@ -66,9 +66,10 @@ def test_more_than_the_micro_batch_is_refused_before_it_is_trained_on() -> None:
 
 def test_a_warning_trains_on_and_is_told_once() -> None:
     large_batch = LargeBatch(8, micro_batch_size=4, exact_windows=False, check="warn")
-    with pytest.warns(UserWarning, match="samples of optimizer step 2"):
-        trainer, _ = train(DataLoader(DATA, batch_sampler=Varying(4)), large_batch)
-    assert trainer.global_step == 4
+    with pytest.warns(UserWarning, match="samples of optimizer step 2") as told:
+        trainer, _ = train(DataLoader(DATA, batch_sampler=Varying(4)), large_batch, max_epochs=2)
+    assert trainer.global_step == 8
+    assert len([warning for warning in told if "samples of optimizer step" in str(warning.message)]) == 1
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*samples of optimizer step.*")
         off = LargeBatch(8, micro_batch_size=4, exact_windows=False, check="off")

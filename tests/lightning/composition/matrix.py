@@ -12,7 +12,7 @@ import random
 from typing import Any
 
 from tests.lightning.composition.callback_features import CALLBACKS
-from tests.lightning.composition.cell import Cell, Feature, alone
+from tests.lightning.composition.cell import SAMPLES, Cell, Feature, alone, even
 from tests.lightning.composition.loader_features import LOADERS
 from tests.lightning.composition.other_features import MODULES, OPTIMIZERS, PLANS, PRECISIONS, TRAINER, TWICE
 from tests.lightning.composition.scheduler_features import SCHEDULERS
@@ -37,12 +37,7 @@ TWO_RANKS = [cell for cell in ALONE if cell.ranks == 2]
 def is_quick(cell: Cell) -> bool:
     """Whether a cell of two ranks is in the default tests: what the number of ranks changes something for."""
     feature = cell.features[0]
-    return not cell.last and not has_workers(cell) and (feature.kind != "scheduler" or not feature.alone)
-
-
-def has_workers(cell: Cell) -> bool:
-    """Whether the loader starts processes of its own."""
-    return any(feature.kind == "loader" and "workers" in feature.name for feature in cell.features)
+    return not cell.last and (feature.kind != "scheduler" or not feature.alone)
 
 
 # ---- which features can stand together
@@ -91,8 +86,16 @@ def _no_length(pair: dict[str, Any]) -> bool:
 def _counts_otherwise(pair: dict[str, Any]) -> bool:
     """The expectation of these is written for the plain length of a training and the plain rates."""
     callback, plan, trainer, loader = (pair.get(kind) for kind in ("callback", "plan", "trainer", "loader"))
+    optimizer = pair.get("optimizer")
+    if optimizer is not None and trainer is not None and "fused" in optimizer.name and "clip" in trainer.name:
+        return True  # with a GradScaler, Lightning refuses
     if callback is not None and callback.rates != "schedule":
         return bool({"plan", "module", "scheduler"} & pair.keys() or callback.rates == "found")
+    scheduler = pair.get("scheduler")
+    if scheduler is not None and scheduler.name.startswith("StagedWarmup left"):  # 15 steps, or refused
+        other = next(feature for feature in pair.values() if feature is not scheduler)
+        if other.kind == "trainer" or (other.kind == "loader" and len(other.sizes(1)) != len(even(SAMPLES))):
+            return True
     if trainer is not None and trainer.name.startswith("`fast_dev_run"):
         return callback is not None or plan is not None or loader is not None or "scheduler" in pair
     if trainer is not None and trainer.name.startswith(
@@ -108,8 +111,8 @@ def _counts_otherwise(pair: dict[str, Any]) -> bool:
         other = next(feature for feature in pair.values() if feature is not plan)
         return (
             bool(other.trainer.keys() - {"use_distributed_sampler"} or getattr(other, "epochs", None))
-            or (other.kind == "loader" and other.sizes(1) != [2] * 18)
-            or (other.kind == "precision" and other.skipped > 0)
+            or (other.kind == "loader" and other.sizes(1) != even(SAMPLES))
+            or (other.kind == "precision" and other.skipped > 0 and bool(plan.batches))
         )
     return False
 

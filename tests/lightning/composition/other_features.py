@@ -41,10 +41,10 @@ PRECISIONS = [
     PrecisionFeature("16-mixed, GradScaler", scaled(1024.0), tolerance=3e-2),
     PrecisionFeature(
         "16-mixed, GradScaler, skipped steps",
-        scaled(2.0**34),
+        scaled(2.0**20),
         tolerance=3e-2,
         skipped=1,
-        remark="a skipped step moves neither StagedWarmup nor a stage",
+        remark="a skipped step moves StagedWarmup and stages as little as the weights; other schedules as in Lightning",
     ),
 ]
 

@@ -63,7 +63,7 @@ class OwnBase(LRScheduler):
     """A user's own subclass that remembers the rates under a name of its own."""
 
     def __init__(self, optimizer: Any) -> None:
-        self.peaks = [group["lr"] for group in optimizer.param_groups]
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float]:
@@ -74,7 +74,8 @@ class DuckTyped:
     """Steps an optimizer, and is no LRScheduler: Lightning wants an ``lr_scheduler_step`` for it."""
 
     def __init__(self, optimizer: Any) -> None:
-        self.optimizer, self.peaks, self.steps = optimizer, [group["lr"] for group in optimizer.param_groups], 0
+        self.optimizer, self.steps = optimizer, 0
+        self.peaks = [float(group["lr"]) for group in optimizer.param_groups]
 
     def step(self, *_: Any) -> None:
         self.steps += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import multiprocessing
 import tempfile
 
 import pytest
@@ -12,46 +11,46 @@ import torch.distributed as dist
 from tests.distributed import RankError, rank, run_ranks, world_size
 from tests.lightning.composition.cell import Cell
 from tests.lightning.composition.expectation import check, failure_of
-from tests.lightning.composition.matrix import TWO_RANKS, has_workers, is_quick, pairs
+from tests.lightning.composition.matrix import TWO_RANKS, is_quick, pairs
 from tests.lightning.composition.training import Happened, is_installed, train
 
 SECONDS_OF_A_CELL = 20
-"""A cell whose ranks wait for each other fails after this time, and the next cell begins with a group of its own."""
+"""A cell whose ranks wait for each other fails after this time; the next one begins with a new group."""
 PARTS, SHARE = 4, 5
 """Launches of the cells of several features, of which every fifth is trained."""
 LAUNCHES: dict[str, list[Cell]] = {
     "callbacks": [c for c in TWO_RANKS if is_quick(c) and c.features[0].kind == "callback"],
     "loaders": [c for c in TWO_RANKS if is_quick(c) and c.features[0].kind == "loader"],
     "others": [c for c in TWO_RANKS if is_quick(c) and c.features[0].kind not in ("callback", "loader")],
-    "long": [c for c in TWO_RANKS if not is_quick(c) and not has_workers(c)],
-    "workers": [c for c in TWO_RANKS if has_workers(c)],
+    "long": [c for c in TWO_RANKS if not is_quick(c)],
 }
 
 
 def cells_of(launch: str) -> list[Cell]:
     if launch in LAUNCHES:
         return LAUNCHES[launch]
-    return [cell for cell in pairs(2)[int(launch) :: PARTS * SHARE] if not has_workers(cell)]
+    return pairs(2)[int(launch) :: PARTS * SHARE]
 
 
 def train_all(launch: str, folder: str) -> list[Happened]:
     """What happened in every cell of a launch, on this rank."""
     mine, everyone = rank(), world_size()  # Lightning forgets the variables after a training
-    multiprocessing.current_process()._config["daemon"] = False  # ranks are daemons, which may not have workers
     found = []
     for index, cell in enumerate(cells_of(launch)):
         if not is_installed(cell):
             found.append(Happened())
             continue
-        dist.init_process_group(
-            "gloo",
-            init_method=f"file://{folder}/{index}",
-            rank=mine,
-            world_size=everyone,
-            timeout=dt.timedelta(seconds=SECONDS_OF_A_CELL),
-        )
+        if not dist.is_initialized():
+            dist.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/{index}",
+                rank=mine,
+                world_size=everyone,
+                timeout=dt.timedelta(seconds=SECONDS_OF_A_CELL),
+            )
         found.append(train(cell))
-        dist.destroy_process_group()
+        if found[-1].by == "Lightning":  # perhaps in the middle of a collective
+            dist.destroy_process_group()
     return found
 
 
@@ -76,7 +75,7 @@ def happened(launch: str) -> list[list[Happened]]:
 @pytest.mark.parametrize(
     ("launch", "index"),
     [
-        pytest.param(launch, index, id=cell.name, marks=pytest.mark.slow if launch in ("long", "workers") else ())
+        pytest.param(launch, index, id=cell.name, marks=pytest.mark.slow if launch == "long" else ())
         for launch, cells in LAUNCHES.items()
         for index, cell in enumerate(cells)
     ],

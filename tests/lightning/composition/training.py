@@ -167,7 +167,8 @@ def trainer_options(cell: Cell, folder: Path) -> dict[str, Any]:
         "use_distributed_sampler": cell.ranks > 1,
     }
     options |= cell.options("trainer")
-    if options.get("logger") is True:
+    module = cell.of("module")
+    if options.get("logger") is True and (module is None or not module.builder.endswith("cli")):
         from lightning.pytorch.loggers import CSVLogger
 
         options["logger"] = CSVLogger(folder)

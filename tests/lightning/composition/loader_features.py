@@ -181,7 +181,7 @@ ITERATIONS = [
     ),
     LoaderFeature("CombinedLoader max_size_cycle", combined("max_size_cycle"), shuffles=True),
     LoaderFeature("CombinedLoader max_size", combined("max_size"), shuffles=True),
-    LoaderFeature("CombinedLoader sequential", combined("sequential"), refused="sequential", by="Lightning"),
+    LoaderFeature("CombinedLoader sequential", combined("sequential"), refused="sequential"),
     LoaderFeature("a dict of loaders", lambda: {"first": loader(shuffle=True), "second": short()}, shuffles=True),
     LoaderFeature("a list of loaders", lambda: [loader(shuffle=True), short()], shuffles=True),
     LoaderFeature(

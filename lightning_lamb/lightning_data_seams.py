@@ -1,4 +1,4 @@
-"""When the Trainer's data is set up, and which training loaders there are: the second file of Lightning's insides.
+"""The Trainer's training data: when it is set up, which loaders there are, and how many steps they make.
 
 As in `lightning_lamb.lightning_seams`, the functions say which attributes they read and write.
 """

@@ -1,7 +1,7 @@
-"""What reaches the loggers and ``callback_metrics``, without the price that ``self.log`` has ever after.
+"""Lightning's logging: numbers for the loggers and ``callback_metrics`` that cost nothing between logging steps.
 
-Everything once logged with ``self.log`` is looked at again by Lightning after every micro-batch of the epoch, twice.
-What is logged at logging steps only, by the layer, would so slow down all other steps.
+Whatever was logged once with ``self.log`` is looked at by Lightning twice after every further micro-batch of the epoch.
+With a number for every layer, that would slow down all steps.
 """
 
 from __future__ import annotations

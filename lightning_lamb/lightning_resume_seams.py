@@ -1,4 +1,4 @@
-"""Where a resumed ``fit`` continues, in its loops and its loaders: the third file of Lightning's insides.
+"""Lightning's loops, loaders and iterators where a resumed ``fit`` continues.
 
 As in `lightning_lamb.lightning_seams`, the functions say which attributes they read and write.
 """
@@ -9,8 +9,6 @@ import contextlib
 import warnings
 from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from lightning_lamb.lightning_seams import Trainer
 
@@ -79,7 +77,7 @@ def replace_train_loaders(
 ) -> None:
     """Exchanges the training dataloaders that were made, and begins to iterate over the new ones.
 
-    A new one with ``take_over`` goes on with the iterator of the old one: a loader that got its state back from the
+    A new one with ``continue_with`` goes on with the iterator of the old one: a loader that got its state back from the
     checkpoint would begin anew with a second iterator, unless it gets ``states`` again before. Writes
     ``fit_loop._combined_loader.flattened`` and ``._iterator``, and iterates ``fit_loop._data_fetcher``.
 
@@ -101,12 +99,14 @@ def replace_train_loaders(
         iter(fetcher)
         return
     passes = combined._iterator
-    kept = {i: passes.iterators[i] for i, new in enumerate(after) if passes is not None and hasattr(new, "take_over")}
+    kept = {
+        i: passes.iterators[i] for i, new in enumerate(after) if passes is not None and hasattr(new, "continue_with")
+    }
     if passes is not None and len(kept) == len(after):
-        passes.iterables, passes.iterators = after, [new.take_over(kept[i]) for i, new in enumerate(after)]
+        passes.iterables, passes.iterators = after, [new.continue_with(kept[i]) for i, new in enumerate(after)]
         return
     for i, iterator in kept.items():  # a loader with a state beside one without: only the latter begins a new pass
-        combined.flattened[i].hold(iterator)
+        combined.flattened[i].keep_iterator(iterator)
     iter(fetcher)
 
 
@@ -129,12 +129,3 @@ def loader_states(trainer: Trainer) -> list[dict[str, Any]]:
     """The states of stateful training loaders, as a checkpoint would hold them. Calls ``_state_dicts()``."""
     combined = trainer.fit_loop._combined_loader
     return [] if combined is None else combined._state_dicts()
-
-
-def gather_over_ranks(trainer: Trainer, value: int) -> list[int]:
-    """Every rank's number, on every rank. One collective, none on one rank."""
-    if trainer.world_size == 1 or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value] * trainer.world_size
-    everyone: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(everyone, value)
-    return everyone

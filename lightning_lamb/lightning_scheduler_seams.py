@@ -1,4 +1,7 @@
-"""Lightning's insides, continued: who made the schedulers, and who searches for a learning rate."""
+"""Who decides about learning rates in Lightning: its command line, which makes schedulers, and its LearningRateFinder.
+
+As in `lightning_lamb.lightning_seams`, the functions say which attributes they read.
+"""
 
 from __future__ import annotations
 

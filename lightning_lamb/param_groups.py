@@ -2,7 +2,7 @@
 
 What decides, the first that says something:
 
-1. a key in a parameter group that the user wrote or changed himself, as everywhere in torch;
+1. a key that the user wrote into a parameter group, or changed there, as everywhere in torch;
 2. `GroupRules`: names, module types, and ``no_decay_1d`` / ``no_adapt_1d`` where they are set;
 3. the optimizer's own options (``weight_decay``, ``adapt``, ``exempt_1d``), which for a preset are the preset's.
 
@@ -59,10 +59,10 @@ class GroupRules:
                 regular_expression(option, pattern)
 
     def refuse_contradiction(self, exempt_1d: bool | None) -> None:
-        """Raises where an ``exempt_1d`` that the user gave says something else than a rule that he gave.
+        """Raises where an ``exempt_1d`` that the user gave says something else than a rule that was given.
 
         Args:
-            exempt_1d: what the user gave; None if he did not.
+            exempt_1d: what the user gave; None for nothing.
 
         Raises:
             InvalidOptionError: they differ.
@@ -182,7 +182,7 @@ class RuledGroup(dict[str, Any]):
 
     @property
     def _changed(self) -> dict[str, Any]:
-        """The keys that the user wrote or changed himself."""
+        """The keys that the user wrote or changed."""
         return {key: value for key, value in self.items() if key != "params" and self.made.get(key, self) != value}
 
     def completed(self, defaults: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -117,16 +117,16 @@ class ContinuedLoader(LoaderProxy):
         part.begin()
         held, self.__dict__["_held"] = self.__dict__["_held"], None
         if held is not None:
-            return self.take_over(held)
+            return self.continue_with(held)
         with PrivateRandomness(part.stream_seed())():
             inner = iter(self.__dict__["_proxied"])
-        return self.take_over(inner)
+        return self.continue_with(inner)
 
-    def take_over(self, iterator: Iterator[Any]) -> Iterator[Any]:
+    def continue_with(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Goes on with an iterator that exists already: a second one would begin anew."""
         return Fetches(iterator, self.__dict__["_randomness"].enter, self.__dict__["_part"].current)
 
-    def hold(self, iterator: Iterator[Any]) -> None:
+    def keep_iterator(self, iterator: Iterator[Any]) -> None:
         """Keeps an iterator for the next pass."""
         self.__dict__["_held"] = iterator
 

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -29,10 +28,10 @@ from lightning_lamb.callbacks.random_states import RandomStates, TrainingRandomn
 from lightning_lamb.callbacks.unsaved_state import UnsavedState
 from lightning_lamb.callbacks.window_buffers import WindowBuffers
 from lightning_lamb.callbacks.worker_seeds import worker_seeding
+from lightning_lamb.lightning_rank_seams import gather_over_ranks
 from lightning_lamb.lightning_resume_seams import (
     begin_epoch_anew,
     count_steps_for_loggers,
-    gather_over_ranks,
     loader_states,
     replace_train_loaders,
     silence_restart_warning,
@@ -231,11 +230,9 @@ class ExactResume:
         if self._randomness is None or self._order is None:
             return saved
         states = self._randomness.now_or_at_start(closed=closed)
-        gathered: list[Any] = [(states.pack(), loops.get("combined_loader", []))]
-        is_together = trainer.world_size > 1 and dist.is_available() and dist.is_initialized()
-        if is_together and not trainer.interrupted:  # after an exception the other ranks may not be there any more
-            gathered = [None] * dist.get_world_size()
-            dist.all_gather_object(gathered, (states.pack(), loops.get("combined_loader", [])))
+        own: tuple[dict[str, Any], list[Any]] = states.pack(), loops.get("combined_loader", [])
+        # After an exception the other ranks may not be there any more.
+        gathered = [own] if trainer.interrupted else gather_over_ranks(trainer, own)
         loaders = [rank_states for _, rank_states in gathered]
         if len(gathered) > 1 and any(loaders):  # Lightning's checkpoint has those of rank 0
             saved["loader_states"] = loaders

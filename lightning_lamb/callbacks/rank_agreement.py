@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch.distributed as dist
-
 from lightning_lamb.errors import LightningLambError, RankDisagreementError
+from lightning_lamb.lightning_rank_seams import gather_over_ranks
 from lightning_lamb.lightning_seams import Trainer
 
 
@@ -30,7 +29,7 @@ def same_on_every_rank(trainer: Trainer, derive: Callable[[], Mapping[str, Any]]
     Raises:
         RankDisagreementError: naming the first number that differs with each rank's, or what another rank could not do.
     """
-    if trainer.world_size == 1 or not (dist.is_available() and dist.is_initialized()):
+    if trainer.world_size == 1:
         return derive()
     failure: LightningLambError | None = None
     numbers: Mapping[str, Any] = {}
@@ -38,8 +37,7 @@ def same_on_every_rank(trainer: Trainer, derive: Callable[[], Mapping[str, Any]]
         numbers = derive()
     except LightningLambError as error:
         failure = error
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (None if failure is None else str(failure), dict(numbers)))
+    everyone = gather_over_ranks(trainer, (None if failure is None else str(failure), dict(numbers)))
     if failure is not None:
         raise failure
     for rank, (text, _) in enumerate(everyone):

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from lightning_lamb.callbacks.large_batch import large_batch_of
+from lightning_lamb.callbacks.schedule import fill_total_steps
 from lightning_lamb.deepspeed import config as configs
 from lightning_lamb.deepspeed.accumulation import scaled_gradients, tell_accumulation
 from lightning_lamb.deepspeed.checkpoints import refuse_other_ranks
 from lightning_lamb.deepspeed.json_entries import SCHEDULERS
 from lightning_lamb.deepspeed.versions import load_deepspeed
 from lightning_lamb.errors import ConflictError
-from lightning_lamb.lightning_seams import closes_window, is_fitting, load_lightning, reset_seed, total_optimizer_steps
+from lightning_lamb.lightning_seams import closes_window, is_fitting, load_lightning, reset_seed
 from lightning_lamb.optimizers import LayerwiseOptimizer, ShardedStateOptimizer
 from lightning_lamb.optimizers.hosted import refuse_unsupported_options
-from lightning_lamb.schedules import StagedWarmup
 from lightning_lamb.sharding.annotate import annotate
 
 if TYPE_CHECKING:
@@ -172,10 +172,7 @@ class LambDeepSpeedStrategy(DeepSpeedStrategy):
         module = self.lightning_module
         if module is None or large_batch_of(module.trainer) is not None:  # LargeBatch fills it in, and adds its warm-up
             return
-        for scheduled in self.lr_scheduler_configs:
-            scheduler = scheduled.scheduler
-            if isinstance(scheduler, StagedWarmup) and scheduler.total_steps is None:
-                scheduler.set_total_steps(total_optimizer_steps(module.trainer))
+        fill_total_steps(module.trainer)
 
     def _init_optimizers(self) -> tuple[Any, Any]:
         """Lightning's, refusing a second schedule."""

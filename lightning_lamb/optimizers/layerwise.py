@@ -48,8 +48,8 @@ class LayerwiseOptimizer(Optimizer):
     exemptions: Exemptions | None = None
     """The rules behind its parameter groups, if `lamb_param_groups` made them: later groups are treated alike."""
     step_was_skipped = False
-    """Whether the last `step` was none: a `torch.amp.GradScaler` found an overflow, with ``fused=True``, or DeepSpeed
-    tried the optimizer out with gradients of zero. Such a step is not counted, and no schedule should count it."""
+    """Whether the last `step` changed nothing: a `torch.amp.GradScaler` found an overflow, with ``fused=True``, or
+    DeepSpeed allocated state by a step with zero gradients. It is not counted, and no schedule should count it."""
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         if isinstance(params, Module):

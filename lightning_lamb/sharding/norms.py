@@ -1,4 +1,4 @@
-"""Partial norms of all layers, and the one place in lightning_lamb that communicates.
+"""Partial norms of all layers, and the all-reduces that complete them.
 
 A rank adds the partial statistics of the pieces it holds; one all-reduce per process group completes them. Everything
 stays on the device: nothing is read on the host.

@@ -47,6 +47,7 @@ from lightning_lamb.lightning_seams import (
     device_of,
     inner_optimizer,
     rank_zero_warn,
+    scheduler_configs,
 )
 from lightning_lamb.step_hooks import after_each_step
 
@@ -104,7 +105,7 @@ class ExactResume:
         reasons = self.take_loaders(trainer, self._restored_states if begins_pass else None)
         self._restored_states = []
         if position is not None:
-            self._tell(position, [*reasons, *_reasons(saved, trainer)])
+            self._tell(position, [*reasons, *_reasons(saved, trainer), *_skipped_plateaus(trainer, position)])
 
     def _tell(self, position: Position, reasons: list[str]) -> None:
         """Says why a resumed run may not be the one that was not stopped; otherwise Lightning need not warn either."""
@@ -278,6 +279,18 @@ def _reasons(saved: dict[str, Any], trainer: Trainer) -> list[str]:
     if len(saved.get("random_state_of_rank", [])) < ranks == trainer.world_size:
         reasons.append("it was saved while an exception was raised, with the random numbers of one rank only")
     return reasons
+
+
+def _skipped_plateaus(trainer: Trainer, position: Position) -> list[str]:
+    """Schedulers that Lightning does not step at the end of the epoch that a checkpoint is from, having no metrics."""
+    return [
+        f"Lightning does not step {type(config.scheduler).__name__} (interval='epoch') at the end of the epoch that "
+        "the checkpoint was saved in"
+        for config in scheduler_configs(trainer)
+        if config.reduce_on_plateau
+        and config.interval == "epoch"
+        and (position.micro_batches or config.scheduler.last_epoch * config.frequency < position.epoch)
+    ]
 
 
 def _skips_itself(loaders: list[Any]) -> bool:

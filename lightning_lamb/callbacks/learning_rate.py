@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 
@@ -16,8 +17,25 @@ LEARNING_RATE_KEYS = ("lr", "initial_lr", "max_lr", "min_lr")
 LEARNING_RATE_LISTS = ("base_lrs", "_last_lr", "max_lrs", "min_lrs")
 """Learning rates that schedulers copied from the groups when they were made, one per group."""
 
-# Per optimizer: the factor, and every group's peak rate as it was last seen. Not in the groups, which are the user's.
-_SCALED: WeakKeyDictionary[Optimizer, tuple[float, list[float]]] = WeakKeyDictionary()
+
+class _Left(NamedTuple):
+    """What a ``fit`` left in an optimizer.
+
+    Attributes:
+        factor: by which its own rates were multiplied.
+        peaks: of every group, what the schedule was a multiple of.
+        rates: of every group.
+        by_own_schedule: LargeBatch had added the schedule that wrote the rates.
+    """
+
+    factor: float = 1.0
+    peaks: Sequence[float] = ()
+    rates: Sequence[float] = ()
+    by_own_schedule: bool = False
+
+
+# Not in the groups, which are the user's.
+_LEFT: WeakKeyDictionary[Optimizer, _Left] = WeakKeyDictionary()
 
 
 def inside(scheduler: Any) -> Iterator[Any]:
@@ -48,16 +66,37 @@ def outstanding_factors(optimizer: Optimizer, schedulers: Sequence[Any], factor:
         schedulers: what the Trainer steps.
         factor: of the optimizer's own rates.
     """
-    before, left = _SCALED.get(optimizer, (1.0, []))
+    left = _LEFT.get(optimizer, _Left())
     return [
-        factor / before if index < len(left) and math.isclose(peak, left[index], rel_tol=1e-6) else factor
-        for index, peak in enumerate(peak_rates(optimizer, schedulers))
+        factor / left.factor if _is(peak, left.peaks, index) or _is(rate, left.rates, index) else factor
+        for index, (peak, rate) in enumerate(zip(peak_rates(optimizer, schedulers), _rates(optimizer)))
     ]
 
 
-def note_rates(optimizer: Optimizer, schedulers: Sequence[Any], factor: float) -> None:
+def take_back_schedule(optimizer: Optimizer) -> None:
+    """Gives groups their peak rates again where a schedule that LargeBatch had added to an earlier ``fit`` ended.
+
+    Args:
+        optimizer: which no schedule is made for yet. A rate that somebody gave it since is left.
+    """
+    left = _LEFT.get(optimizer, _Left())
+    for index, (group, rate) in enumerate(zip(optimizer.param_groups, _rates(optimizer))):
+        if left.by_own_schedule and "initial_lr" in group and _is(rate, left.rates, index):
+            peak = group["initial_lr"]
+            group["lr"] = peak.clone() if isinstance(peak, Tensor) else peak
+
+
+def note_rates(optimizer: Optimizer, schedulers: Sequence[Any], factor: float, *, by_own_schedule: bool) -> None:
     """Remembers what was multiplied, by how much, and the rates that came of it; at the end of a ``fit`` once more."""
-    _SCALED[optimizer] = factor, peak_rates(optimizer, schedulers)
+    _LEFT[optimizer] = _Left(factor, peak_rates(optimizer, schedulers), _rates(optimizer), by_own_schedule)
+
+
+def _rates(optimizer: Optimizer) -> list[float]:
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def _is(rate: float, rates: Sequence[float], index: int) -> bool:
+    return index < len(rates) and math.isclose(rate, rates[index], rel_tol=1e-6)
 
 
 def multiply_learning_rates(optimizer: Optimizer, schedulers: Iterable[Any], factors: Sequence[float]) -> None:

@@ -20,6 +20,7 @@ from lightning_lamb.callbacks.learning_rate import (
     note_rates,
     outstanding_factors,
     peak_rates,
+    take_back_schedule,
 )
 from lightning_lamb.callbacks.plan_change import length_from, refuse_changed_plan, warm_up_again
 from lightning_lamb.callbacks.position import Position
@@ -63,6 +64,7 @@ class PromisedRates:
         self.adopted = False
         """Whether the training changed its plan at a checkpoint, so that its steps before had another batch."""
         self._fills_length = False
+        self._adds_schedule = False
         self._in_checkpoint: tuple[tuple[float, ...], int] | None = None
         self._steps_before = 0
 
@@ -96,12 +98,15 @@ class PromisedRates:
             return derived
         self.factor = 1.0 if stages is not None else rules.lr_factor(optimizers[0])
         for optimizer in optimizers:
+            if not schedulers:
+                take_back_schedule(optimizer)
             factors = outstanding_factors(optimizer, schedulers, self.factor)
             refuse_unscalable(schedulers, optimizer, factors)
             multiply_learning_rates(optimizer, schedulers, factors)
         self._fills_length = stages is None and schedule.needs_total(trainer, rules.asks_for_warmup)
         total, ramp = schedule.complete(trainer, rules, stages, adopts=adopts)
         self._optimizer, self._schedulers = optimizers[0], schedule.schedulers_of(trainer)
+        self._adds_schedule = len(self._schedulers) > len(schedulers)
         self.note()
         self.announced = tuple(peak_rates(self._optimizer, self._schedulers))
         return dataclasses.replace(
@@ -115,7 +120,7 @@ class PromisedRates:
     def note(self) -> None:
         """Remembers the optimizer's rates for the next ``fit`` with it; also called when training ends or fails."""
         if self._optimizer is not None:
-            note_rates(self._optimizer, self._schedulers, self.factor)
+            note_rates(self._optimizer, self._schedulers, self.factor, by_own_schedule=self._adds_schedule)
 
     # ---- a checkpoint
 

@@ -58,6 +58,38 @@ def test_another_batch_in_the_second_fit_scales_the_optimizers_own_rate() -> Non
     assert module.rates == pytest.approx([0.04] * 2 + [0.02] * 8)
 
 
+@pytest.mark.parametrize("made", ["float", "tensor"])
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ({"warmup_steps": 1}, {"warmup_steps": 1}, [0.04, 0.02]),
+        ({"warmup_steps": 1}, {}, [0.04, 0.04]),
+        ({}, {"warmup_steps": 1}, [0.04, 0.02]),
+        ({"warmup_steps": 1}, {"base_lr": 0.001}, [0.002, 0.002]),
+        ({"warmup_steps": 1}, {"base_lr": 0.001, "warmup_steps": 1}, [0.002, 0.001]),
+    ],
+)
+def test_a_schedule_that_large_batch_added_to_the_fit_before_leaves_nothing(
+    first: dict[str, Any], second: dict[str, Any], expected: list[float], made: str
+) -> None:
+    """With a warm-up in both fits 0.04 became 0.08; without one in the second, it trained at the 0 that was left."""
+    given = 0.02 if made == "float" else torch.tensor(0.02)
+    module = Keeps(optimizer=lambda named: Lamb(named, lr=given))
+    fit(module, LargeBatch(16, base_batch_size=4, **first))
+    fit(module, LargeBatch(16, base_batch_size=4, **second))
+    assert [float(rate) for rate in module.rates[2:]] == pytest.approx(expected)
+
+
+def test_what_a_users_schedule_left_is_not_scaled_again_in_a_fit_without_one() -> None:
+    """0.02, to which a schedule of the module's had halved 0.04, became 0.04."""
+    module = Keeps()
+    module.make_scheduler = lambda optimizer: torch_schedulers.ExponentialLR(optimizer, 0.5)
+    fit(module, LargeBatch(16, base_batch_size=4))
+    module.kept = module.kept[0][0]
+    fit(module, LargeBatch(16, base_batch_size=4))
+    assert module.rates == pytest.approx([0.04, 0.04, 0.02, 0.02])
+
+
 def test_a_rate_that_the_user_gave_a_kept_optimizer_since_is_scaled_as_its_own() -> None:
     module = Keeps()
     fit(module, LargeBatch(16, base_batch_size=4))

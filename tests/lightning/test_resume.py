@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -213,3 +214,33 @@ def test_adopting_follows_the_new_warm_up_too(tmp_path: Path) -> None:
     new = LargeBatch(8, base_batch_size=2, warmup_steps=6, on_plan_change="adopt")
     resumed = train(resume=tmp_path / "epoch=0-step=4.ckpt", large_batch=new)
     assert resumed.rates[:2] == pytest.approx([0.04 * 5 / 6, 0.04])
+
+
+# ---- what Lightning leaves out
+
+
+@pytest.mark.parametrize(("when", "told"), [("at the epoch's end", True), ("after the fit", False)])
+def test_a_plateau_schedule_that_lightning_leaves_out_is_told(tmp_path: Path, when: str, told: bool) -> None:
+    """ModelCheckpoint saves before Lightning steps ReduceLROnPlateau, which then never sees that epoch's metric."""
+
+    class Watches(Regression):
+        def configure_optimizers(self) -> Any:
+            optimizer = Lamb(self.named_parameters(), lr=0.02)
+            plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=0)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": plateau, "monitor": "watched"}}
+
+        def on_train_epoch_end(self) -> None:
+            self.log("watched", 1.0)
+
+    saver = ModelCheckpoint(tmp_path, "saved")
+    trainer = quiet_trainer(max_epochs=1, callbacks=[LargeBatch(8), saver], enable_checkpointing=True)
+    trainer.fit(Watches(), datamodule=Batches(regression_data(SAMPLES), 2))
+    if when == "after the fit":
+        trainer.save_checkpoint(tmp_path / "saved.ckpt")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = quiet_trainer(max_epochs=2, callbacks=[LargeBatch(8)])
+        resumed.fit(Watches(), datamodule=Batches(regression_data(SAMPLES), 2), ckpt_path=tmp_path / "saved.ckpt")
+    texts = [str(warning.message) for warning in caught if "may differ" in str(warning.message)]
+    assert len(texts) == told
+    assert all("does not step ReduceLROnPlateau (interval='epoch')" in text for text in texts)

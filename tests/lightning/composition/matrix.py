@@ -89,6 +89,9 @@ def _counts_otherwise(pair: dict[str, Any]) -> bool:
     optimizer = pair.get("optimizer")
     if optimizer is not None and trainer is not None and "fused" in optimizer.name and "clip" in trainer.name:
         return True  # with a GradScaler, Lightning refuses
+    names = {feature.name for feature in pair.values()}
+    if {"ModelPruning", "bf16-true"} <= names:
+        return True  # its masks are float32: Lightning alone fails in the forward pass
     if callback is not None and callback.rates != "schedule":
         return bool({"plan", "module", "scheduler"} & pair.keys() or callback.rates == "found")
     scheduler = pair.get("scheduler")

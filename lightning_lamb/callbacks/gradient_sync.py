@@ -68,8 +68,12 @@ class DeferredGradientSync(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves the module as it was."""
-        for module in _fsdp2_modules(pl_module):
+        for module in self._modules:
             module.set_requires_gradient_sync(True, recurse=False)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same, where Lightning does not call `on_train_end`."""
+        self.on_train_end(trainer, pl_module)
 
 
 def _fsdp2_modules(module: nn.Module) -> Iterator[Any]:

@@ -198,8 +198,7 @@ class LargeBatch(Callback):
         self._batch.enter(trainer, index)
         self._promise.begin()
         if self._window is not None:
-            size = self._batch.batches[index].micro_batch_size
-            self._window = self._window.of_next_stage(size)
+            self._window = self._window.of_next_stage(self._batch.batches[index].micro_batch_size)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -333,6 +332,7 @@ class LargeBatch(Callback):
         """Checks the plan against the data that was loaded, before the first micro-batch."""
         self._batch.derive(trainer, pl_module)
         self._batch.check_all_ranks(trainer)
+        self._samples.begin()
         self._clock.start(trainer)
         rewarm = self.on_plan_change, self._rewarm_at, self.rewarm_steps
         self._rewarm_at = self._rates.resume(trainer, self._clock, self.plan, self._position, rewarm)

@@ -31,7 +31,7 @@ class PromisedSamples:
         self._counter: SampleCounter | None = None
 
     def begin(self) -> None:
-        """A window begins, whatever an epoch that was cut short has left."""
+        """A window begins, whatever an epoch that was cut short, or a fit that failed, has left."""
         self._micro_batches, self._samples = 0, 0
 
     def begin_micro_batch(

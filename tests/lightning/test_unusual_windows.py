@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -85,6 +86,9 @@ def test_gradients_that_fsdp2_holds_do_not_reach_the_next_window() -> None:
     callback.on_train_batch_end(trainer, unused, None, None, 0)
     with pytest.raises(ConflictError, match=r"ended inside a window.*DeferredGradientSync"):
         callback.on_before_zero_grad(trainer, unused, unused)
+    synced.clear()
+    callback.on_exception(trainer, unused, RuntimeError())
+    assert synced == [True], "the module communicates again"
 
 
 class Failing(Regression):
@@ -108,6 +112,31 @@ def test_a_fit_after_one_that_failed_begins_a_clean_window() -> None:
     quiet_trainer(max_epochs=1, callbacks=[LargeBatch(8), Recorder()]).fit(fresh, datamodule=Batches(data, 4))
     for ours, theirs in zip(module.gradients, fresh.gradients, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_resume_inside_an_epoch_after_a_fit_that_failed_begins_a_clean_window(tmp_path: Path) -> None:
+    """Lightning calls no on_train_epoch_start then, and the micro-batch of the failed window was counted again."""
+    data, path = regression_data(32), tmp_path / "inside.ckpt"
+
+    class FailsInTheThirdWindow(Regression):
+        failed = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            if batch_idx == 5 and not self.failed:
+                self.failed = True
+                raise RuntimeError("once")
+            return super().training_step(batch, batch_idx)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            if self.trainer.global_step == 1 and not self.failed:
+                self.trainer.save_checkpoint(path)
+
+    module, callback = FailsInTheThirdWindow(), LargeBatch(8)
+    with pytest.raises(RuntimeError, match="once"):
+        quiet_trainer(max_epochs=1, callbacks=[callback]).fit(module, datamodule=Batches(data, 4))
+    trainer = quiet_trainer(max_epochs=1, callbacks=[callback])
+    trainer.fit(module, datamodule=Batches(data, 4), ckpt_path=str(path))
+    assert trainer.global_step == 4
 
 
 class Masked(LightningModule):

@@ -37,14 +37,15 @@ def same_on_every_rank(trainer: Trainer, derive: Callable[[], Mapping[str, Any]]
         numbers = derive()
     except LightningLambError as error:
         failure = error
-    everyone = gather_over_ranks(trainer, (None if failure is None else str(failure), dict(numbers)))
+    texts = {name: comparable(value) for name, value in numbers.items()}
+    everyone = gather_over_ranks(trainer, (None if failure is None else str(failure), texts))
     if failure is not None:
         raise failure
     for rank, (text, _) in enumerate(everyone):
         if text is not None:
             raise RankDisagreementError(f"rank {rank} cannot train like this, so no rank does: {text}")
     for name in numbers:
-        values = [repr(theirs.get(name)) for _, theirs in everyone]
+        values = [str(theirs.get(name)) for _, theirs in everyone]
         if len(set(values)) > 1:
             shown = "; ".join(f"{value} on {_ranks(values, value)}" for value in dict.fromkeys(values))
             raise RankDisagreementError(
@@ -52,6 +53,23 @@ def same_on_every_rank(trainer: Trainer, derive: Callable[[], Mapping[str, Any]]
                 "the data the same options on all of them."
             )
     return numbers
+
+
+def comparable(value: Any) -> str:
+    """A text that is the same in every process where the value is: sets in order, no addresses of objects.
+
+    Args:
+        value: a number, text, or list, dict or set of such; of anything else the class is compared.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return repr(value)
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key!r}: {comparable(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, (set, frozenset)):
+        return "{" + ", ".join(sorted(map(comparable, value))) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(map(comparable, value)) + "]"
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _ranks(values: list[str], value: str) -> str:

@@ -39,9 +39,14 @@ def outcome(large_batch: LargeBatch, module: Regression | None = None, micro: in
 class Data(Batches):
     def __init__(self, samples: int, micro: int) -> None:
         super().__init__(regression_data(samples), micro)
+        self.kinds, self.change = set(), None
 
     def train_dataloader(self) -> DataLoader:
         return DataLoader(self.dataset, self.batch_size)
+
+
+# As text they are another thing in every process; a lambda cannot be sent to another one.
+UNLIKE_TEXTS = {"kinds": {"train", "unlabelled", "synthetic"}, "change": lambda sample: sample}
 
 
 def on_a_rank() -> dict[str, str]:
@@ -57,6 +62,7 @@ def on_a_rank() -> dict[str, str]:
         "rule": outcome(LargeBatch(16, base_batch_size=8, lr_scaling="linear" if here else "sqrt")),
         "windows": outcome(LargeBatch(16, exact_windows=bool(here))),
         "stages": outcome(LargeBatch(stages=[{"global_batch_size": 16, "steps": 2 + here}])),
+        "objects": outcome(LargeBatch(stages=[{"global_batch_size": 16, "steps": 2, "data": UNLIKE_TEXTS}])),
         "epoch": outcome(LargeBatch(16), samples=64 - 4 * here),
     }
 
@@ -86,6 +92,7 @@ def test_what_differs_is_named_on_every_rank(outcomes: list[dict[str, str]], cas
 
 def test_ranks_that_agree_train(outcomes: list[dict[str, str]]) -> None:
     assert [said["equal"] for said in outcomes] == ["8 steps"] * 2
+    assert [said["objects"] for said in outcomes] == ["2 steps"] * 2
     assert [said["explicit"] for said in outcomes] == ["8 steps"] * 2  # told in two ways, but the same
 
 

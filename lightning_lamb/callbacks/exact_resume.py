@@ -105,7 +105,8 @@ class ExactResume:
         reasons = self.take_loaders(trainer, self._restored_states if begins_pass else None)
         self._restored_states = []
         if position is not None:
-            self._tell(position, [*reasons, *_reasons(saved, trainer), *_skipped_plateaus(trainer, position)])
+            left_out = [*_skipped_plateaus(trainer, position), *_frozen_again(saved, module)]
+            self._tell(position, [*reasons, *_reasons(saved, trainer), *left_out])
 
     def _tell(self, position: Position, reasons: list[str]) -> None:
         """Says why a resumed run may not be the one that was not stopped; otherwise Lightning need not warn either."""
@@ -215,6 +216,10 @@ class ExactResume:
         """
         position, closed = present_position(trainer, has_stepped=self._has_stepped)
         saved: dict[str, Any] = {"epoch": position.epoch, "micro_batches": position.micro_batches}
+        if self._module is not None:
+            saved["trainable"] = [
+                name for name, parameter in self._module.named_parameters() if parameter.requires_grad
+            ]
         if self._has_stepped and has_uncounted_micro_batch(trainer):
             count_micro_batch(checkpoint)
             saved["schedules_pending"] = True  # Lightning steps them after it has counted
@@ -290,6 +295,18 @@ def _skipped_plateaus(trainer: Trainer, position: Position) -> list[str]:
         if config.reduce_on_plateau
         and config.interval == "epoch"
         and (position.micro_batches or config.scheduler.last_epoch * config.frequency < position.epoch)
+    ]
+
+
+def _frozen_again(saved: dict[str, Any], module: LightningModule) -> list[str]:
+    """Layers that a callback had unfrozen, as BaseFinetuning does: it freezes them before a resumed training, too."""
+    trainable = set(saved.get("trainable", []))
+    frozen = [name for name, p in module.named_parameters() if not p.requires_grad and name in trainable]
+    if not frozen:
+        return []
+    shown = ", ".join(frozen[:3]) + (f" and {len(frozen) - 3} more" if len(frozen) > 3 else "")
+    return [
+        f"frozen now, and trained when the checkpoint was saved: {shown}; unfreeze them in on_fit_start of the module"
     ]
 
 

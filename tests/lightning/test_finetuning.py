@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import BackboneFinetuning, BaseFinetuning
 from torch import nn
 
@@ -173,3 +176,39 @@ def test_a_late_groups_rate_is_its_makers_under_large_batchs_schedule_too() -> N
     optimizer.step()
     schedule.step()
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.09, 0.009])
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_layers_that_a_finetuning_callback_freezes_again_in_a_resumed_training_are_told(
+    tmp_path: Path, epoch: int
+) -> None:
+    """Lightning's BaseFinetuning restores its groups, but not that their layers train: they stayed as they were."""
+
+    class Thaws(AdamW):
+        def on_fit_start(self) -> None:
+            self.net.requires_grad_(True)
+
+    def run(kind: type[AdamW], resume: Path | None = None, *callbacks: Any) -> tuple[Any, list[str]]:
+        model = kind()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer = quiet_trainer(max_epochs=3, callbacks=[LargeBatch(8), Adds(), *callbacks])
+            trainer.fit(model, Batches(regression_data(32), 4), ckpt_path=resume and str(resume))
+        return model, [str(one.message) for one in caught if "may differ" in str(one.message)]
+
+    class Saves(Callback):
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == epoch:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    whole, _ = run(AdamW, None, Saves())
+    resumed, texts = run(AdamW, tmp_path / "saved.ckpt")
+    if epoch == 0:  # unfrozen in the epoch that comes
+        assert texts == []
+    else:
+        assert len(texts) == 1
+        assert "trained when the checkpoint was saved: net.0.weight, net.0.bias; unfreeze" in texts[0]
+        assert not resumed.net[0].weight.requires_grad
+        resumed, texts = run(Thaws, tmp_path / "saved.ckpt")
+        assert texts == []
+    assert all(torch.equal(a, b) for a, b in zip(resumed.parameters(), whole.parameters(), strict=True))

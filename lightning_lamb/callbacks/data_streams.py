@@ -7,8 +7,11 @@ only told when a pass begins.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+
+from torch.utils.data import DataLoader
 
 from lightning_lamb.callbacks.order_seeds import LoaderOrder, Pass
 from lightning_lamb.callbacks.random_states import PrivateRandomness, TrainingRandomness
@@ -60,6 +63,44 @@ class PrivateFetches(Fetches):
         """The next batch."""
         with self._private():
             return super().__next__()
+
+
+class ContinuedFetches(Fetches):
+    """The iterator of one pass, or of the rest of one, of a loader with a state; fetches draw training's numbers."""
+
+    def __init__(
+        self, inner: Iterator[Any], before: Callable[[], None], this: Pass, private: PrivateRandomness
+    ) -> None:
+        super().__init__(inner, before, this)
+        self._private: PrivateRandomness | None = private
+
+    def __next__(self) -> Any:
+        """The next batch."""
+        private, self._private = self._private, None
+        if private is None:
+            return super().__next__()
+        with _iterators_draw_from(private):
+            return super().__next__()
+
+
+@contextlib.contextmanager
+def _iterators_draw_from(private: PrivateRandomness) -> Iterator[None]:
+    """The iterators of DataLoaders that are made inside draw the seed of their workers from ``private``.
+
+    A stateful loader that is a generator makes the DataLoader inside it when the first batch is fetched, once more in a
+    resumed run: drawn from training's numbers, that seed would move them.
+    """
+    make = DataLoader._get_iterator  # noqa: SLF001 - torch offers no other way to reach a loader inside a loader
+
+    def apart(loader: Any) -> Any:
+        with private():
+            return make(loader)
+
+    setattr(DataLoader, "_get_iterator", apart)  # noqa: B010 - a type checker sees no method that may be assigned
+    try:
+        yield
+    finally:
+        setattr(DataLoader, "_get_iterator", make)  # noqa: B010
 
 
 class LoaderProxy:
@@ -124,7 +165,9 @@ class ContinuedLoader(LoaderProxy):
 
     def continue_with(self, iterator: Iterator[Any]) -> Iterator[Any]:
         """Goes on with an iterator that exists already: a second one would begin anew."""
-        return Fetches(iterator, self.__dict__["_randomness"].enter, self.__dict__["_part"].current)
+        part: LoaderOrder = self.__dict__["_part"]
+        private = PrivateRandomness(part.stream_seed())
+        return ContinuedFetches(iterator, self.__dict__["_randomness"].enter, part.current, private)
 
     def keep_iterator(self, iterator: Iterator[Any]) -> None:
         """Keeps an iterator for the next pass."""

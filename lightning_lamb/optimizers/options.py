@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -32,7 +33,7 @@ def checked(options: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InvalidOptionError: a value or a combination that cannot be meant.
     """
-    result = dict(options)
+    result = {name: _plain(value) for name, value in options.items()}
     _check_lr(result["lr"])
     for name in ("eps", "weight_decay"):
         if name in result:
@@ -69,6 +70,13 @@ def one_limit(groups: Sequence[Mapping[str, Any]]) -> float | None:
     return limits[0] if limits else None
 
 
+def _plain(value: Any) -> Any:
+    """A number of NumPy's as Python's: ``torch.load(weights_only=True)`` refuses the former in a state dict."""
+    if value.__class__ in (bool, int, float) or not isinstance(value, Real):
+        return value
+    return float(value)
+
+
 def _check_lr(lr: Any) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
@@ -84,7 +92,7 @@ def _check_number(
 ) -> None:
     if isinstance(value, str):
         finite_number(name, value)  # its message says how YAML wants a number written
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not math.isfinite(value) or value < low or value >= high_open or (low_open and value == low):
         raise InvalidOptionError(f"{name}={value!r}: expected {remedy}.")
 

@@ -293,3 +293,17 @@ def test_foreach_needs_no_more_than_two_temporaries_of_the_model_size():
         with LargestLive() as memory:
             optimizer.step()
     assert memory.largest <= 2.1 * sum(p.nbytes for p in parameters)
+
+
+@OPTIMIZERS
+@pytest.mark.parametrize("number", ["float32", "float64", "int64"])
+def test_numbers_of_numpy_are_numbers_as_for_torchs_optimizers(optimizer_class, number, tmp_path):
+    """float32 was refused as no number; float64 came into state dicts, which weights_only=True then refused to load."""
+    numpy = pytest.importorskip("numpy")
+    one = getattr(numpy, number)(1)
+    parameters, optimizer = trained(optimizer_class, lr=one, weight_decay=one)
+    same, _ = trained(optimizer_class, lr=1.0, weight_decay=1.0)
+    assert_identical(parameters, same)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    (group,) = torch.load(tmp_path / "state.pt", weights_only=True)["param_groups"]
+    assert type(group["lr"]) is float

@@ -17,3 +17,4 @@ if not torch.cuda.is_available():
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+    os.environ.pop("PL_GLOBAL_SEED", None)  # a test that called seed_everything would seed those after it

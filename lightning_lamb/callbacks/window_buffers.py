@@ -38,9 +38,13 @@ class WindowBuffers:
             if name not in vars(owner)["_non_persistent_buffers_set"]
         ]
 
-    @torch.no_grad()
     def keep(self) -> None:
         """Copies them, into the last copies where they fit."""
+        if self._places:
+            self._keep()
+
+    @torch.no_grad()
+    def _keep(self) -> None:
         sources, targets = [], []
         for path, buffers in self._places:
             buffer = buffers.get(path.rpartition(".")[2])
